@@ -1,0 +1,81 @@
+"""OpenAI, and every server that speaks its dialect; what one of them adds is listed as `extra_fields` in its config."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import msgspec
+
+from gateway.adapter import Dispatch, HTTPAdapter, ModelFacts, Outgoing, UpstreamFacts, read_fault, upstream_error
+from gateway.schema.common import Usage
+from gateway.schema.endpoint import Endpoint
+from gateway.schema.payload import Part, Parts, Payload, encode_fields
+from gateway.sse import Event
+
+ASKS_NOTHING = frozenset(
+    "user metadata store safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention".split()
+)
+"""Fields that ask nothing of the answer: they are for this gateway, and stay here."""
+
+INCLUDE_USAGE = {"include_usage": True}
+
+
+class Listed(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class ModelList(msgspec.Struct):
+    data: list[Listed]
+
+
+class Adapter(HTTPAdapter):
+    def encode(self, endpoint: Endpoint, request: Payload[Any], dispatch: Dispatch) -> Outgoing:
+        allowed = (endpoint.known | self.extra_fields) - ASKS_NOTHING
+        fields: dict[str, Any] = {
+            name: raw for name, raw in request.fields().items() if name in allowed and bytes(raw) != b"null"
+        }
+        fields["model"] = dispatch.model
+        if endpoint.streams and request.value.stream:
+            fields["stream_options"] = INCLUDE_USAGE
+        else:
+            fields.pop("stream_options", None)
+        return Outgoing(endpoint.path, encode_fields(fields))
+
+    def decode(self, endpoint: Endpoint, request: Payload[Any], body: bytes) -> Part[Any]:
+        return _part(endpoint.answers, body)
+
+    async def decode_stream(
+        self, endpoint: Endpoint, request: Payload[Any], events: AsyncIterator[list[Event]]
+    ) -> AsyncGenerator[Parts]:
+        decoder = endpoint.chunks
+        async for arrived in events:
+            parts: Parts = []
+            try:
+                for event in arrived:
+                    if event.data == b"[DONE]":
+                        return
+                    parts.append(_part(decoder, event.data))
+            finally:
+                if parts:  # also those before a fault or the end
+                    yield parts
+
+    async def probe(self) -> UpstreamFacts:
+        listed = msgspec.json.decode(await self.get("models"), type=ModelList)
+        models = [ModelFacts(id=model.id, context_tokens=model.max_model_len) for model in listed.data]
+        return UpstreamFacts(kind="OpenAI-speaking server", models=models)
+
+
+def _part(decoder: msgspec.json.Decoder[Any], document: bytes) -> Part[Any]:
+    """Raises the error that *document* is, where it is one: servers send them with status 200 and within streams."""
+    try:
+        value = decoder.decode(document)
+    except msgspec.ValidationError:
+        fault = read_fault(document)
+        if fault.message:
+            raise upstream_error(fault.status or 500, fault, None) from None
+        raise
+    if value.error is not msgspec.UNSET and value.error:
+        fault = read_fault(document)
+        raise upstream_error(fault.status or 500, fault, None)
+    usage = value.usage
+    return Part(value, document, usage if isinstance(usage, Usage) else None)

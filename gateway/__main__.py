@@ -1,0 +1,5 @@
+"""`python -m gateway` is `suiron`."""
+
+from gateway.cli import main
+
+main()

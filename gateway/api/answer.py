@@ -1,0 +1,170 @@
+"""How does an answer reach a client that may leave at any time?"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any
+
+from litestar.types import Receive, Scope, Send
+
+from gateway.api.errors import JSON, VERSION, ErrorResponse, Headers, unexpected
+from gateway.call import Call
+from gateway.errors import GatewayError
+from gateway.schema.payload import Parts
+from gateway.settings import Server
+from gateway.sse import DONE, KEEP_ALIVE, write_event
+
+WATCH_AFTER_S = 0.25
+
+STREAM_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Hangup:
+    """
+    Cancels the current task when the client leaves: a server does not, nor does the framework.
+
+    Watching costs a task, so it begins after a moment, which most answers do not take.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+        self._watch: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+
+    def _begin(self) -> None:
+        self._watch = asyncio.ensure_future(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> bool:
+        self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+        ours = self._gone and isinstance(exc, asyncio.CancelledError)
+        return ours and self._task is not None and self._task.uncancel() == 0
+
+
+class Answer:
+    """An ASGI application that answers one call: JSON, or an event stream if the call asks for one."""
+
+    def __init__(self, call: Call, parts: AsyncGenerator[Parts], server: Server) -> None:
+        self._call = call
+        self._parts = parts
+        self._server = server
+        self._request_id = f"req_{call.id}"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        streamed = self._call.endpoint.streams and self._call.request.value.stream
+        with Hangup(receive):
+            async with aclosing(self._parts):
+                if streamed:
+                    await _Stream(self, send).run()
+                    return
+                try:
+                    body = await self.whole()
+                except GatewayError as exc:
+                    error = exc
+                except Exception as exc:
+                    error = unexpected(exc)
+                else:
+                    await send(self.start([JSON, (b"content-length", str(len(body)).encode())]))
+                    await send({"type": "http.response.body", "body": body, "more_body": False})
+                    return
+            await self.refuse(error, send)
+
+    @property
+    def parts(self) -> AsyncGenerator[Parts]:
+        return self._parts
+
+    @property
+    def server(self) -> Server:
+        return self._server
+
+    async def whole(self) -> bytes:
+        arrived = await anext(self._parts)
+        await anext(self._parts, None)  # the pipeline ends behind its last part
+        return bytes(arrived[0].wire)
+
+    def start(self, headers: Headers) -> Any:
+        taken_ms = int((time.perf_counter() - self._call.started) * 1000)
+        headers = [
+            *headers,
+            (b"x-request-id", self._request_id.encode()),
+            (b"openai-processing-ms", str(taken_ms).encode()),
+            VERSION,
+            *((name.encode(), value.encode("latin-1")) for name, value in self._call.headers.items()),
+        ]
+        return {"type": "http.response.start", "status": 200, "headers": headers}
+
+    async def refuse(self, error: GatewayError, send: Send) -> None:
+        await ErrorResponse(error, self._request_id).send(send)
+
+
+class _Stream:
+    """
+    An event stream on its way out.
+
+    The status waits for the first part, so that a failure can still be one; after `hold_s`, and whenever nothing has
+    been said for `keep_alive_s`, a comment keeps the connection alive.
+    """
+
+    def __init__(self, answer: Answer, send: Send) -> None:
+        self._answer = answer
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._begun = False
+        self._spoke = self._loop.time()
+        self._beat: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        self._timer = self._loop.call_later(self._answer.server.hold_s, self._ring)
+        try:
+            async for arrived in self._answer.parts:
+                await self._write(b"".join([write_event(part.wire) for part in arrived]))
+            await self._write(DONE, last=True)
+        except GatewayError as exc:
+            await self._fail(exc)
+        except Exception as exc:
+            await self._fail(unexpected(exc))
+        finally:
+            self._timer.cancel()
+            if self._beat is not None:
+                self._beat.cancel()
+
+    async def _write(self, block: bytes, *, last: bool = False) -> None:
+        self._spoke = self._loop.time()
+        if not self._begun:
+            self._begun = True
+            await self._send(self._answer.start(STREAM_HEADERS))
+        await self._send({"type": "http.response.body", "body": block, "more_body": not last})
+
+    async def _fail(self, error: GatewayError) -> None:
+        """An error event and no `[DONE]`: SDKs raise, and nobody takes what came for the whole."""
+        if self._begun:
+            await self._write(write_event(error.json()), last=True)
+        else:
+            self._begun = True
+            await self._answer.refuse(error, self._send)
+
+    def _ring(self) -> None:
+        server, now = self._answer.server, self._loop.time()
+        due = self._spoke + (server.keep_alive_s if self._begun else server.hold_s)
+        if now >= due and (self._beat is None or self._beat.done()):
+            self._beat = asyncio.ensure_future(self._write(KEEP_ALIVE))
+            due = now + server.keep_alive_s
+        self._timer = self._loop.call_at(max(due, now + 0.001), self._ring)

@@ -1,0 +1,113 @@
+"""How does every failure leave as OpenAI's error JSON?"""
+
+import asyncio
+import logging
+import secrets
+from typing import Any
+
+from litestar import Request
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.types import ASGIApp, ExceptionHandlersMap, Receive, Scope, Send
+
+from gateway.errors import BodyTooLarge, GatewayError, InternalError, InvalidRequest, MethodNotAllowed, UnknownURL
+
+logger = logging.getLogger("suiron")
+
+LINGER_S = 1.0
+VERSION = (b"openai-version", b"2020-10-01")
+JSON = (b"content-type", b"application/json")
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class ErrorResponse:
+    """An ASGI application that answers with *error*."""
+
+    def __init__(self, error: GatewayError, request_id: str | None = None) -> None:
+        self._error = error
+        self._request_id = request_id or f"req_{secrets.token_hex(16)}"
+
+    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:
+        """As Litestar asks of what its exception handlers return."""
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.send(send, receive)
+
+    async def send(self, send: Send, receive: Receive | None = None) -> None:
+        """With *receive*, a body that was refused for its size is heard out for a moment."""
+        body = self._error.json()
+        headers: Headers = [
+            JSON,
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", self._request_id.encode()),
+            VERSION,
+        ]
+        headers += [(name.encode(), value.encode("latin-1")) for name, value in self._error.headers.items()]
+        await send({"type": "http.response.start", "status": self._error.status, "headers": headers})
+        if receive is not None and isinstance(self._error, BodyTooLarge):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await _linger(receive)
+            body = b""
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _linger(receive: Receive) -> None:
+    """Takes what a client is still sending, so that it reads the answer instead of a reset connection."""
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
+    except TimeoutError:
+        pass
+
+
+def unexpected(exc: Exception) -> InternalError:
+    """What a client is told of a fault of ours; the log has the rest."""
+    logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
+    return InternalError("The gateway failed to handle this request. The fault is not yours; trying again may help.")
+
+
+def _gateway_error(_: Request[Any, Any, Any], exc: GatewayError) -> ASGIApp:
+    return ErrorResponse(exc)
+
+
+def _unknown_url(request: Request[Any, Any, Any], _: NotFoundException) -> ASGIApp:
+    path = "".join(char for char in request.scope["path"] if char.isprintable())[:200]
+    return ErrorResponse(UnknownURL(f"Invalid URL ({request.method} {path})"))
+
+
+def _method_not_allowed(request: Request[Any, Any, Any], exc: MethodNotAllowedException) -> ASGIApp:
+    allow = (exc.headers or {}).get("Allow") or ", ".join(sorted(_methods(request)))
+    message = f"Not allowed to {request.method} here. Allowed: {allow}."
+    return ErrorResponse(MethodNotAllowed(message, headers={"allow": allow}))
+
+
+def _methods(request: Request[Any, Any, Any]) -> set[str]:
+    path = request.scope["path"].rstrip("/")
+    return {
+        method
+        for route in request.app.routes
+        if route.path == path or (route.path_parameters and path.startswith(route.path.partition("/{")[0] + "/"))
+        for method in getattr(route, "methods", ())
+        if method != "OPTIONS"
+    }
+
+
+def _http_exception(_: Request[Any, Any, Any], exc: HTTPException) -> ASGIApp:
+    if exc.status_code >= 500:
+        return ErrorResponse(unexpected(exc))
+    return ErrorResponse(InvalidRequest("The request could not be understood."))
+
+
+def _unexpected(_: Request[Any, Any, Any], exc: Exception) -> ASGIApp:
+    return ErrorResponse(unexpected(exc))
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    GatewayError: _gateway_error,  # type: ignore[dict-item]
+    NotFoundException: _unknown_url,  # type: ignore[dict-item]
+    MethodNotAllowedException: _method_not_allowed,  # type: ignore[dict-item]
+    HTTPException: _http_exception,  # type: ignore[dict-item]
+    Exception: _unexpected,  # type: ignore[dict-item]
+}

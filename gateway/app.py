@@ -1,0 +1,92 @@
+"""How are the parts put together? The only module that knows all the others."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+
+from litestar import Litestar
+
+from gateway.adapter import Adapter, UpstreamFacts, load_adapter
+from gateway.api.errors import EXCEPTION_HANDLERS
+from gateway.api.generation import generation_routes
+from gateway.api.health import Readiness, health_routes
+from gateway.api.models import model_routes
+from gateway.auth import Keyring, why_not_anonymous
+from gateway.errors import GatewayError
+from gateway.models import Models
+from gateway.pipeline import Pipeline
+from gateway.settings import Settings, SettingsError
+
+logger = logging.getLogger("suiron")
+
+Findings = dict[str, UpstreamFacts | GatewayError]
+"""What the first probe of each upstream found."""
+
+
+def create_app(
+    settings: Settings,
+    *,
+    adapters: Mapping[str, Adapter] | None = None,
+    on_ready: Callable[[Findings], None] = lambda _: None,
+) -> Litestar:
+    """
+    The gateway as an ASGI application.
+
+    *on_ready* is called once every upstream has been asked what it is. Raises SettingsError where the configuration
+    would let strangers in.
+    """
+    keyring = _keyring(settings)
+    if adapters is None:
+        adapters = {name: load_adapter(upstream) for name, upstream in settings.upstreams.items()}
+    models = Models(settings, adapters)
+    pipeline = Pipeline(settings, models)
+    readiness = Readiness()
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        starting = asyncio.create_task(_ask_all(adapters, readiness, on_ready))
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))
+
+    return Litestar(
+        [
+            *generation_routes(keyring, pipeline, settings.server),
+            *model_routes(keyring, models),
+            *health_routes(readiness),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def _keyring(settings: Settings) -> Keyring:
+    if settings.auth.keys:
+        return Keyring(settings.auth.keys, anonymous=False)
+    if forbidden := why_not_anonymous(settings):
+        raise SettingsError(
+            f"refusing to start without keys: {forbidden}. Make one with `suiron key new` and paste what it prints into "
+            "a configuration file" + ("" if "credential" in forbidden else ", or listen on 127.0.0.1")
+        )
+    return Keyring([], anonymous=True)
+
+
+async def _ask_all(adapters: Mapping[str, Adapter], readiness: Readiness, on_ready: Callable[[Findings], None]) -> None:
+    names = list(adapters)
+    found = await asyncio.gather(*(_ask(name, adapters[name], readiness) for name in names))
+    readiness.loading = False
+    on_ready(dict(zip(names, found, strict=True)))
+
+
+async def _ask(name: str, adapter: Adapter, readiness: Readiness) -> UpstreamFacts | GatewayError:
+    try:
+        return await adapter.probe()
+    except GatewayError as exc:
+        logger.warning("upstream %s: %s", name, exc.message)
+        return exc

@@ -1,0 +1,119 @@
+"""Who is calling?"""
+
+import hashlib
+import ipaddress
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from gateway.errors import AuthenticationFailed
+from gateway.settings import Key, Settings
+
+FORWARDING_HEADERS = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a call is made for. `models` None means every model; `tenant` is a hash that upstreams may see."""
+
+    name: str
+    tenant: str
+    models: frozenset[str] | None = None
+
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+
+ANONYMOUS = Principal("anonymous", "anonymous")
+
+
+class Keyring:
+    """
+    The keys that are known, by SHA-256.
+
+    Without any, callers on this machine are let in anonymously, and nobody else: see `is_local_call`.
+    """
+
+    def __init__(self, keys: Iterable[Key], *, anonymous: bool) -> None:
+        self._principals = {
+            key.sha256: Principal(
+                key.name,
+                hashlib.sha256(f"tenant:{key.name}".encode()).hexdigest()[:32],
+                None if key.models is None else frozenset(key.models),
+            )
+            for key in keys
+        }
+        self._anonymous = anonymous
+
+    def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
+        """The caller; raises AuthenticationFailed, always with the same words for a key that is not right."""
+        fields = dict(headers)
+        if self._anonymous:
+            if is_local_call(fields):
+                return ANONYMOUS
+            raise AuthenticationFailed(
+                "This gateway has no keys, so it only answers programs on its own machine: not pages of other sites, "
+                "proxies or other host names. Add a key to its configuration (`suiron key new`)."
+            )
+        scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
+        token = token.strip()
+        if not token and scheme.lower() in (b"", b"bearer"):
+            raise _refused(
+                "You didn't provide an API key. Provide it in an Authorization header using Bearer auth "
+                "(i.e. Authorization: Bearer YOUR_KEY).",
+            )
+        digest = hashlib.sha256(token).hexdigest()
+        principal = self._principals.get(digest)
+        if principal is None or scheme.lower() != b"bearer":
+            raise _refused("Incorrect API key provided.", code="invalid_api_key")
+        return principal
+
+
+def _refused(message: str, code: str | None = None) -> AuthenticationFailed:
+    return AuthenticationFailed(message, code=code, headers={"www-authenticate": "Bearer"})
+
+
+def is_local_call(fields: dict[bytes, bytes]) -> bool:
+    """Whether `Host` is this machine's, no other site's page made the call, and no proxy passed it on."""
+    if any(name in fields for name in FORWARDING_HEADERS):
+        return False
+    if not is_loopback(_hostname(b"//" + fields.get(b"host", b""))):
+        return False
+    origin = fields.get(b"origin")
+    return origin is None or is_loopback(_hostname(origin))
+
+
+def _hostname(url: bytes) -> str:
+    try:
+        parts = urlsplit(url.decode("ascii"))
+        if parts.path or parts.query or parts.fragment or parts.username is not None:
+            return ""
+        return parts.hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def why_not_anonymous(settings: Settings) -> str | None:
+    """What forbids anonymous calls here, as the end of a sentence; None where they may be let in."""
+    if not is_loopback(settings.server.host):
+        return f"it would listen on {settings.server.host}, where others can reach it"
+    credential = next((name for name, upstream in settings.upstreams.items() if upstream.api_key is not None), None)
+    if credential is not None:
+        return f"the upstream '{credential}' holds a credential that anybody here could spend"
+    return None
+
+
+def new_key() -> tuple[str, str]:
+    """A new key of 256 random bits, and its SHA-256 for the configuration."""
+    key = f"sk-suiron-{secrets.token_urlsafe(32)}"
+    return key, hashlib.sha256(key.encode()).hexdigest()

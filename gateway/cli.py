@@ -1,0 +1,230 @@
+"""What can I do from the shell?"""
+
+import asyncio
+import importlib.util
+import json
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import msgspec
+import uvicorn
+
+from gateway import __version__
+from gateway.adapter import UpstreamFacts, load_adapter
+from gateway.app import Findings, create_app
+from gateway.auth import new_key, why_not_anonymous
+from gateway.errors import GatewayError
+from gateway.settings import Key, Model, Server, Settings, SettingsError, Target, Upstream, json_schema, load
+
+DEMO = "suiron-demo"
+KEEP_ALIVE_S = 75  # longer than any client keeps an idle connection, so that none is closed under a request
+GRACE_S = 5
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="suiron")
+def main() -> None:
+    """One OpenAI-compatible endpoint in front of every model a team runs."""
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), help="Configuration file (YAML).")
+@click.option("--backend", metavar="URL", help="Put the gateway in front of this server; needs no file.")
+@click.option(
+    "--model", metavar="NAME", help="Serve this model from here: a folder or a hub id. With --backend: its name."
+)
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: 8000]")
+def serve(config: Path | None, backend: str | None, model: str | None, host: str | None, port: int | None) -> None:
+    """Start the gateway; without options, with the small demo model that comes with it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        settings = _settings(config, backend, model)
+        server = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        settings = msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, **server))
+        listener = _listen(settings.server)
+        settings = _at(settings, listener.getsockname()[1])
+        app = create_app(settings, on_ready=lambda findings: click.echo(_welcome(settings, findings)))
+    except SettingsError as exc:
+        raise click.ClickException(str(exc)) from None
+    _run(app, listener)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def check(file: Path) -> None:
+    """Say what is wrong with a configuration FILE: where, and what to write instead."""
+    try:
+        settings = load(file)
+        for upstream in settings.upstreams.values():
+            load_adapter(upstream)
+        if not settings.auth.keys and (forbidden := why_not_anonymous(settings)):
+            raise SettingsError(f"{file}: it has no keys, but {forbidden}: add one under auth.keys (`suiron key new`)")
+    except SettingsError as exc:
+        raise click.ClickException(str(exc)) from None
+    click.echo(f"{file}: fine: {len(settings.models)} models on {len(settings.upstreams)} upstreams")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.group()
+def key() -> None:
+    """Keys for the gateway's users."""
+
+
+@key.command("new")
+@click.option("--name", default="app", help="What to call it in the configuration.  [default: app]")
+def key_new(name: str) -> None:
+    """Print a new key, and the lines to paste into the configuration."""
+    try:
+        secret, digest = new_key()
+        msgspec.convert({"name": name, "sha256": digest}, Key)
+    except msgspec.ValidationError as exc:
+        raise click.ClickException(f"--name: {exc}") from None
+    click.echo(f"# The key, for the app that uses it; it is shown only now:\n#   {secret}\n# For the configuration:")
+    click.echo(f"auth:\n  keys:\n    - name: {name}\n      sha256: {digest}")
+
+
+def _settings(config: Path | None, backend: str | None, model: str | None) -> Settings:
+    if config is not None and (backend or model):
+        raise SettingsError("--config stands alone: write the backend or the model into the file")
+    if config is not None:
+        return load(config)
+    if backend is not None:
+        return _in_front_of(backend, model)
+    if model is not None:
+        name = model if not Path(model).exists() else Path(model).resolve().name
+        return _one_upstream(name, Upstream(adapter="local", options={"model": model}))
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        click.echo(
+            "torch and transformers are not installed, so the demo model cannot run: `echo` repeats what you say.\n"
+            "For models in this machine: pip install 'suiron[local]'.",
+            err=True,
+        )
+        return _one_upstream("echo", Upstream(adapter="echo"))
+    return _one_upstream(DEMO, Upstream(adapter="local", options={"model": "demo"}))
+
+
+def _one_upstream(name: str, upstream: Upstream) -> Settings:
+    target = Target(upstream=upstream.adapter)
+    return Settings(upstreams={upstream.adapter: upstream}, models={name: Model(targets=[target])})
+
+
+def _in_front_of(url: str, model: str | None) -> Settings:
+    """Settings for one server, with the models that it says it has. Raises SettingsError."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError(f"--backend {url}: not like http://host:port")
+    base_url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+    upstream = Upstream(adapter="openai", base_url=base_url)
+    found = asyncio.run(_probe(upstream))
+    if isinstance(found, UpstreamFacts):
+        version = f" {found.version}" if found.version else ""
+        names = [facts.id for facts in found.models]
+        click.echo(f"{url}: {found.kind}{version} with {', '.join(names) or 'no models'}", err=True)
+        if model is not None and model not in names:
+            click.echo(f"{url}: it does not list {model}; asking for it all the same", err=True)
+    elif model is None:
+        raise SettingsError(
+            f"--backend {url}: {found.message} Start it or mend the address; if it lists no models, add --model NAME"
+        )
+    else:
+        click.echo(f"{url}: {found.message}", err=True)
+        names = []
+    names = [model] if model is not None else names
+    if not names:
+        raise SettingsError(f"--backend {url}: it has no models; load one there, or name it with --model")
+    models = {name: Model(targets=[Target(upstream="backend")]) for name in names}
+    return Settings(upstreams={"backend": upstream}, models=models)
+
+
+async def _probe(upstream: Upstream) -> UpstreamFacts | GatewayError:
+    adapter = load_adapter(upstream)
+    try:
+        return await adapter.probe()
+    except GatewayError as exc:
+        return exc
+    finally:
+        await adapter.aclose()
+
+
+def _listen(server: Server) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+        return socket.create_server((server.host, server.port), family=family, backlog=2048)
+    except OSError as exc:
+        hint = "; is another one running? Choose another with --port" if server.port else ""
+        raise SettingsError(f"cannot listen on {server.host}:{server.port}: {exc.strerror}{hint}") from None
+
+
+def _at(settings: Settings, port: int) -> Settings:
+    return msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, port=port))
+
+
+def _run(app: Any, listener: socket.socket) -> None:
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            log_level=logging.WARNING,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+    )
+
+    def ended(signum: int, _: FrameType | None) -> None:
+        """uvicorn raises the signal again once it has shut down; by then all is done."""
+
+    signal.signal(signal.SIGINT, ended)
+    signal.signal(signal.SIGTERM, ended)
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(1)
+
+
+def _welcome(settings: Settings, findings: Findings) -> str:
+    """One block to paste from; what could not be reached is said above it."""
+    host = settings.server.host
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    base_url = f"http://{shown}:{settings.server.port}/v1"
+    names = list(settings.models)
+    keyed = bool(settings.auth.keys)
+    keys = (
+        f"send one of the keys {', '.join(key.name for key in settings.auth.keys)} as `Authorization: Bearer KEY`"
+        if keyed
+        else "none needed from this machine, and nobody else is let in (make one: suiron key new)"
+    )
+    model = names[0] if names else "MODEL"
+    return f"""
+Suiron {__version__} is ready.
+
+  Base URL  {base_url}
+  Models    {", ".join(names) or "none: add some under `models` in the configuration"}
+  Keys      {keys}
+  Health    {base_url.removesuffix("/v1")}/health/ready
+
+Try it (pip install openai):
+
+from openai import OpenAI
+client = OpenAI(base_url="{base_url}", api_key="{"YOUR KEY" if keyed else "unused"}")
+reply = client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello!"}}])
+print(reply.choices[0].message.content)
+
+Serve a real model:  suiron serve --model ORG/NAME-or-folder
+or put a server here: suiron serve --backend http://host:port
+"""

@@ -1,0 +1,130 @@
+"""
+What can go wrong, and what is the client told?
+
+* GatewayError
+  x RequestError                 the caller can mend it
+    + InvalidRequest             400  `code` and `param` say what is wrong
+      - ContextLengthExceeded    400
+    + AuthenticationFailed       401
+    + ModelNotFound              404
+    + UnknownURL                 404
+    + MethodNotAllowed           405
+    + RequestTimeout             408  the body did not arrive in time
+    + BodyTooLarge               413
+  x UpstreamError                a backend failed: another target may do
+    + UpstreamUnreachable        502  no connection
+    + UpstreamFailed             502  a 5xx, nonsense, or an answer cut short
+    + Overloaded                 503  full, or still loading; says when to come back
+    + UpstreamTimeout            504
+  x InternalError                500  ours
+
+The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four keys always there.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import msgspec
+
+
+class GatewayError(Exception):
+    """An error that a client is told about. *message* says what to do, and holds no secret."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.headers = dict(headers or {})
+
+    def json(self) -> bytes:
+        """The error object of the OpenAI API, encoded."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+
+class RequestError(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidRequest(RequestError):
+    """Raised with OpenAI's `code` for the kind of fault, and the `param` that has it."""
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class AuthenticationFailed(RequestError):
+    """Raised with the code `invalid_api_key` for a key that is not right, and without one where there is none."""
+
+    status = 401
+
+
+class ModelNotFound(RequestError):
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{model[:200]}` does not exist or you do not have access to it.", param="model")
+
+
+class UnknownURL(RequestError):
+    status = 404
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+    code = "method_not_supported"
+
+
+class RequestTimeout(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    code = "request_too_large"
+
+
+class UpstreamError(GatewayError):
+    status = 502
+    code = "upstream_error"
+
+
+class UpstreamUnreachable(UpstreamError):
+    code = "upstream_connect_error"
+
+
+class UpstreamFailed(UpstreamError):
+    pass
+
+
+class Overloaded(UpstreamError):
+    status = 503
+    code = "overloaded"
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, code=code, headers={"retry-after": str(retry_after_s)})
+
+
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    code = "upstream_timeout"
+
+
+class InternalError(GatewayError):
+    code = "internal_error"

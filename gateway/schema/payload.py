@@ -1,0 +1,63 @@
+"""How does a JSON document travel: typed where the gateway reads it, verbatim where it forwards it?"""
+
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from msgspec import Raw, Struct
+
+from gateway.schema.common import Usage
+
+T = TypeVar("T", bound=Struct)
+
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+
+
+class Payload(Generic[T]):
+    """
+    A JSON object: its bytes as they came, and its typed value.
+
+    The value is a view for reading. To change the document, encode another from `fields()`.
+    """
+
+    __slots__ = ("value", "wire")
+
+    def __init__(self, value: T, wire: bytes) -> None:
+        self.value = value
+        self.wire = wire
+
+    @classmethod
+    def encode(cls, value: T) -> "Payload[T]":
+        return cls(value, msgspec.json.encode(value))
+
+    def fields(self) -> dict[str, Raw]:
+        """The top-level members, each still encoded."""
+        return _FIELDS.decode(self.wire)
+
+
+class Part(Generic[T]):
+    """
+    A completion, or one chunk of a stream, in OpenAI's shape.
+
+    `usage` is cumulative over the answer so far and private: set by the dialect whenever it knows, so that an answer
+    cut short is billed rightly; it is never written to the client as such.
+    """
+
+    __slots__ = ("usage", "value", "wire")
+
+    def __init__(self, value: T, wire: bytes, usage: Usage | None = None) -> None:
+        self.value = value
+        self.wire = wire
+        self.usage = usage
+
+    @classmethod
+    def encode(cls, value: T, usage: Usage | None = None) -> "Part[T]":
+        return cls(value, msgspec.json.encode(value), usage)
+
+
+Parts = list[Part[Any]]
+"""Parts that arrived together, so that they can leave together; never empty, never held back for more."""
+
+
+def encode_fields(fields: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode(fields)

@@ -1,0 +1,176 @@
+"""How is a request body read, and what is said when it is wrong?"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from gateway.errors import InvalidRequest
+from gateway.schema.endpoint import ENDPOINTS, Endpoint
+from gateway.schema.payload import Payload
+
+OPERATOR_FIELDS = frozenset(
+    "api_base api_key api_version base_url bootstrap_host bootstrap_port bootstrap_room cache_salt "
+    "chat_template custom_llm_provider data_parallel_rank ec_transfer_params extra_body extra_headers "
+    "kv_transfer_params litellm_params lora_path lora_request media_io_kwargs mm_processor_kwargs priority "
+    "request_id rid routed_dp_rank session_id trust_request_chat_template user_config vllm_xargs".split()
+)
+"""What only the operator decides: where a request goes, with which credential, template, adapter or precedence."""
+
+EXTENSION_FIELDS = frozenset(
+    "add_generation_prompt add_special_tokens allowed_token_ids bad_words chat_template_kwargs "
+    "continue_final_message documents ebnf guided_choice guided_grammar guided_json guided_regex ignore_eos "
+    "include_reasoning include_stop_str_in_output length_penalty logprob_token_ids min_p min_tokens mirostat "
+    "n_predict no_stop_trim num_beams num_ctx prompt_logprobs regex repeat_penalty repetition_detection "
+    "repetition_penalty return_prompt_text return_token_ids return_tokens_as_token_ids skip_special_tokens "
+    "spaces_between_special_tokens stop_regex stop_token_ids structured_outputs thinking "
+    "thinking_token_budget tool_prompt top_a top_k truncate_prompt_tokens truncation_side typical_p "
+    "use_beam_search watermark watermarking".split()
+)
+"""Parameters beyond OpenAI's that change an answer on some engine: never dropped without a word."""
+
+USER_DOCUMENTS = frozenset({"tools", "functions", "response_format", "metadata", "logit_bias", "tool_choice"})
+"""Members whose keys are the user's own (JSON schemas, ids), so that no name in them means anything to the gateway."""
+
+_OPERATOR_KEY = re.compile(rb'"(?:%s)"\s*:' % "|".join(sorted(OPERATOR_FIELDS)).encode())
+_KNOWN_ANYWHERE = frozenset[str]().union(*(endpoint.known for endpoint in ENDPOINTS))
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<kind>key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKey(next(name for name in names if names.count(name) > 1))
+    return members
+
+
+_DOCUMENT = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str]]:
+    """
+    The request in *body*, and the names of its top-level members that OpenAI does not know.
+
+    Raises InvalidRequest with the `param` and `code` that OpenAI gives for the same fault.
+    """
+    try:
+        text = body.decode()
+        value = endpoint.requests.decode(body)
+        document = _DOCUMENT.decode(text)  # a second look: msgspec lets duplicate keys pass, where the last one wins
+    except UnicodeDecodeError:
+        raise _not_json("It is not valid UTF-8.") from None
+    except RecursionError:
+        raise InvalidRequest("The JSON body is nested too deeply.", code="json_too_deep") from None
+    except msgspec.ValidationError as exc:
+        raise explain(str(exc)) from None
+    except _DuplicateKey as exc:
+        name = str(exc)[:100]
+        raise InvalidRequest(f"The key '{name}' occurs twice in the same object.", param=name) from None
+    except ValueError as exc:  # malformed for msgspec, or an integer of thousands of digits for json
+        raise _not_json("" if "digits" in str(exc) else f"{exc}.") from None
+    if _OPERATOR_KEY.search(body):
+        _refuse_operator_fields(document)
+    value.check()
+    if endpoint.streams:
+        _check_stream_options(value)
+    return Payload(value, body), document.keys() - endpoint.known
+
+
+def judge_unknown(names: Iterable[str], supported: frozenset[str]) -> list[str]:
+    """
+    Those of *names* that are taken and ignored, sorted; *supported* are extensions that some target honours.
+
+    Raises InvalidRequest for a parameter that would change the answer, and for a near miss of a known one.
+    """
+    ignored = []
+    for name in sorted(names):
+        if name in supported:
+            continue
+        if name in EXTENSION_FIELDS:
+            raise InvalidRequest(
+                f"The parameter '{name}' is not supported by this model.", param=name, code="unsupported_parameter"
+            )
+        if name in _KNOWN_ANYWHERE:
+            raise InvalidRequest(f"'{name}' is not a parameter of this endpoint.", param=name, code="unknown_parameter")
+        near = difflib.get_close_matches(name.lower(), _KNOWN_ANYWHERE | EXTENSION_FIELDS, n=1, cutoff=0.85)
+        if near:
+            raise InvalidRequest(
+                f"Unknown parameter: '{name[:100]}'. Did you mean '{near[0]}'?",
+                param=name[:100],
+                code="unknown_parameter",
+            )
+        ignored.append(name)
+    return ignored
+
+
+def _not_json(why: str) -> InvalidRequest:
+    hint = f" {why}" if why else ""
+    return InvalidRequest(
+        "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
+        f"correctly. The API expects a JSON payload, but what was sent was not valid JSON.{hint})"
+    )
+
+
+def _check_stream_options(value: Any) -> None:
+    options = value.stream_options
+    if options is not None and not value.stream and (options.include_usage or options.include_obfuscation):
+        raise InvalidRequest(
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.", param="stream_options"
+        )
+
+
+def _refuse_operator_fields(document: dict[str, Any]) -> None:
+    pending: list[tuple[str, Any]] = [("", {k: v for k, v in document.items() if k not in USER_DOCUMENTS})]
+    pending += [(name, None) for name in OPERATOR_FIELDS & document.keys()]
+    while pending:
+        where, value = pending.pop()
+        if isinstance(value, dict):
+            for name, member in value.items():
+                path = f"{where}.{name}" if where else name
+                if name in OPERATOR_FIELDS:
+                    raise InvalidRequest(
+                        f"Unknown parameter: '{path[:200]}'. It is for the operator of this gateway to set.",
+                        param=path[:200],
+                        code="unknown_parameter",
+                    )
+                pending.append((path, member))
+        elif isinstance(value, list):
+            pending += [(f"{where}[{index}]", item) for index, item in enumerate(value)]
+
+
+def explain(fault: str) -> InvalidRequest:
+    """OpenAI's error for one of msgspec's sentences, such as "Expected `int` >= 1 - at `$.n`"."""
+    match = _AT.match(fault)
+    assert match is not None
+    what, path = match["what"], match["path"] or None
+    if missing := re.match(r"Object missing required field `(.*)`", what):
+        param = f"{path}.{missing[1]}" if path else missing[1]
+        if param == "model":
+            return InvalidRequest("you must provide a model parameter", param=param)
+        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    if path is None:
+        return InvalidRequest("The JSON body must be an object.", code="invalid_type")
+    said = what.replace("`", "").replace(" | null", "")
+    return InvalidRequest(f"Invalid value for '{path}': {said[:1].lower()}{said[1:]}.", param=path, code=_code(what))
+
+
+def _code(what: str) -> str:
+    bound = re.match(r"Expected `(\w+)`(?: of length)? (>=|<=|<|>) (\S+)", what)
+    if bound is None:
+        return "invalid_type" if what.startswith("Expected") and "matching" not in what else "invalid_value"
+    kind, relation, limit = bound.groups()
+    below = relation.startswith(">")
+    if kind == "array":
+        return "empty_array" if below and limit == "1" else "array_above_max_length"
+    if kind not in ("int", "float"):
+        return "invalid_value"
+    number = "integer" if kind == "int" else "decimal"
+    return f"{number}_below_min_value" if below else f"{number}_above_max_value"
