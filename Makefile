@@ -24,8 +24,10 @@ run: $(VENV)/installed-run
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -m "not slow"
 
-test-all: .venv/installed-dev
-	.venv/bin/python -m pytest
+test-slow: .venv/installed-dev
+	.venv/bin/python -m pytest -m slow
+
+test-all: test test-slow
 
 check: .venv/installed-dev
 	.venv/bin/ruff check .
@@ -50,4 +52,4 @@ $(VENV)/installed-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Suiron needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
-.PHONY: run test test-all check bench
+.PHONY: run test test-slow test-all check bench

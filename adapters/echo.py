@@ -11,7 +11,7 @@ from gateway.schema.completions import Completion, CompletionChoice, CompletionR
 from gateway.schema.payload import Part, Parts, Payload
 from gateway.settings import Upstream
 
-UNSUPPORTED = ("logprobs", "top_logprobs", "functions", "response_format", "suffix", "best_of", "echo", "audio")
+UNSUPPORTED = "audio echo frequency_penalty functions logit_bias presence_penalty suffix".split()
 
 
 class Adapter:
@@ -68,10 +68,13 @@ class Adapter:
 
 def _refuse(asked: Any) -> None:
     """What would change the answer, and is not done here, is not passed over in silence."""
-    for name in UNSUPPORTED:
-        value = getattr(asked, name, None)
-        if value and value != 1 and getattr(value, "type", None) != "text":
-            raise InvalidRequest(f"An echo cannot honour '{name}'.", param=name, code="unsupported_parameter")
+    wanted = {name: bool(getattr(asked, name, None)) for name in UNSUPPORTED}
+    wanted["best_of"] = (getattr(asked, "best_of", None) or 1) > 1
+    wanted["logprobs"] = asked.logprobs is not None and asked.logprobs is not False
+    wanted["response_format"] = getattr(getattr(asked, "response_format", None), "type", "text") != "text"
+    wanted["tool_choice"] = getattr(asked, "tool_choice", None) not in (None, "none", "auto")
+    if refused := [name for name, is_wanted in wanted.items() if is_wanted]:
+        raise InvalidRequest(f"An echo cannot honour '{refused[0]}'.", param=refused[0], code="unsupported_parameter")
 
 
 def _answer(text: str, asked: Any) -> tuple[list[str], str]:

@@ -6,15 +6,9 @@ from typing import Any
 import msgspec
 
 from gateway.adapter import Dispatch, HTTPAdapter, ModelFacts, Outgoing, UpstreamFacts, read_fault, upstream_error
-from gateway.schema.common import Usage
 from gateway.schema.endpoint import Endpoint
 from gateway.schema.payload import Part, Parts, Payload, encode_fields
 from gateway.sse import Event
-
-ASKS_NOTHING = frozenset(
-    "user metadata store safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention".split()
-)
-"""Fields that ask nothing of the answer: they are for this gateway, and stay here."""
 
 INCLUDE_USAGE = {"include_usage": True}
 
@@ -30,10 +24,7 @@ class ModelList(msgspec.Struct):
 
 class Adapter(HTTPAdapter):
     def encode(self, endpoint: Endpoint, request: Payload[Any], dispatch: Dispatch) -> Outgoing:
-        allowed = (endpoint.known | self.extra_fields) - ASKS_NOTHING
-        fields: dict[str, Any] = {
-            name: raw for name, raw in request.fields().items() if name in allowed and bytes(raw) != b"null"
-        }
+        fields = self.allowed_fields(endpoint, request)
         fields["model"] = dispatch.model
         if endpoint.streams and request.value.stream:
             fields["stream_options"] = INCLUDE_USAGE
@@ -52,7 +43,7 @@ class Adapter(HTTPAdapter):
             parts: Parts = []
             try:
                 for event in arrived:
-                    if event.data == b"[DONE]":
+                    if event.data.startswith(b"[DONE]"):
                         return
                     parts.append(_part(decoder, event.data))
             finally:
@@ -67,6 +58,7 @@ class Adapter(HTTPAdapter):
 
 def _part(decoder: msgspec.json.Decoder[Any], document: bytes) -> Part[Any]:
     """Raises the error that *document* is, where it is one: servers send them with status 200 and within streams."""
+    document.decode()  # nobody reads all of it here, but the client will
     try:
         value = decoder.decode(document)
     except msgspec.ValidationError:
@@ -74,8 +66,7 @@ def _part(decoder: msgspec.json.Decoder[Any], document: bytes) -> Part[Any]:
         if fault.message:
             raise upstream_error(fault.status or 500, fault, None) from None
         raise
-    if value.error is not msgspec.UNSET and value.error:
+    if value.error:
         fault = read_fault(document)
         raise upstream_error(fault.status or 500, fault, None)
-    usage = value.usage
-    return Part(value, document, usage if isinstance(usage, Usage) else None)
+    return Part(value, document, value.usage or None)

@@ -12,6 +12,7 @@ from gateway.api.errors import EXCEPTION_HANDLERS
 from gateway.api.generation import generation_routes
 from gateway.api.health import Readiness, health_routes
 from gateway.api.models import model_routes
+from gateway.api.page import page_routes
 from gateway.auth import Keyring, why_not_anonymous
 from gateway.errors import GatewayError
 from gateway.models import Models
@@ -38,7 +39,7 @@ def create_app(
     """
     keyring = _keyring(settings)
     if adapters is None:
-        adapters = {name: load_adapter(upstream) for name, upstream in settings.upstreams.items()}
+        adapters = load_adapters(settings)
     models = Models(settings, adapters)
     pipeline = Pipeline(settings, models)
     readiness = Readiness()
@@ -58,6 +59,7 @@ def create_app(
             *generation_routes(keyring, pipeline, settings.server),
             *model_routes(keyring, models),
             *health_routes(readiness),
+            *page_routes(),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
@@ -66,13 +68,26 @@ def create_app(
     )
 
 
+def load_adapters(settings: Settings) -> dict[str, Adapter]:
+    """An adapter for each upstream, by its name; raises SettingsError with that name."""
+    adapters = {}
+    for name, upstream in settings.upstreams.items():
+        try:
+            adapters[name] = load_adapter(upstream)
+        except SettingsError as exc:
+            raise SettingsError(f"upstreams.{name}: {exc}") from None
+        except (ImportError, AttributeError) as exc:
+            raise SettingsError(f"upstreams.{name}: the adapter '{upstream.adapter}' cannot be loaded: {exc}") from exc
+    return adapters
+
+
 def _keyring(settings: Settings) -> Keyring:
     if settings.auth.keys:
         return Keyring(settings.auth.keys, anonymous=False)
     if forbidden := why_not_anonymous(settings):
         raise SettingsError(
-            f"refusing to start without keys: {forbidden}. Make one with `suiron key new` and paste what it prints into "
-            "a configuration file" + ("" if "credential" in forbidden else ", or listen on 127.0.0.1")
+            f"refusing to start without keys: {forbidden}. Make one with `suiron key new` and paste what it prints "
+            "into a configuration file" + ("" if "credential" in forbidden else ", or listen on 127.0.0.1")
         )
     return Keyring([], anonymous=True)
 

@@ -2,15 +2,17 @@
 
 import hashlib
 import ipaddress
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from gateway.errors import AuthenticationFailed
 from gateway.settings import Key, Settings
 
-FORWARDING_HEADERS = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via")
+FORWARDING_HEADERS = re.compile(rb"forwarded|via|x-real-ip|x-(original-)?forwarded-.*|cf-connecting-ip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,9 @@ class Keyring:
 
     def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
         """The caller; raises AuthenticationFailed, always with the same words for a key that is not right."""
-        fields = dict(headers)
+        fields: dict[bytes, bytes] = {}
+        for name, value in headers:  # a second header of the same name is joined to the first, so that neither counts
+            fields[name] = b"%b, %b" % (fields[name], value) if name in fields else value
         if self._anonymous:
             if is_local_call(fields):
                 return ANONYMOUS
@@ -76,7 +80,7 @@ def _refused(message: str, code: str | None = None) -> AuthenticationFailed:
 
 def is_local_call(fields: dict[bytes, bytes]) -> bool:
     """Whether `Host` is this machine's, no other site's page made the call, and no proxy passed it on."""
-    if any(name in fields for name in FORWARDING_HEADERS):
+    if any(FORWARDING_HEADERS.fullmatch(name) for name in fields):
         return False
     if not is_loopback(_hostname(b"//" + fields.get(b"host", b""))):
         return False
@@ -94,6 +98,7 @@ def _hostname(url: bytes) -> str:
         return ""
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

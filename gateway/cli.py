@@ -4,28 +4,22 @@ import asyncio
 import importlib.util
 import json
 import logging
-import signal
 import socket
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Any
 from urllib.parse import urlsplit
 
 import click
 import msgspec
-import uvicorn
 
-from gateway import __version__
+from gateway import __version__, server
 from gateway.adapter import UpstreamFacts, load_adapter
-from gateway.app import Findings, create_app
+from gateway.app import Findings, create_app, load_adapters
 from gateway.auth import new_key, why_not_anonymous
 from gateway.errors import GatewayError
-from gateway.settings import Key, Model, Server, Settings, SettingsError, Target, Upstream, json_schema, load
+from gateway.settings import Key, Model, Settings, SettingsError, Target, Upstream, is_base_url, json_schema, load
 
 DEMO = "suiron-demo"
-KEEP_ALIVE_S = 75  # longer than any client keeps an idle connection, so that none is closed under a request
-GRACE_S = 5
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,14 +41,14 @@ def serve(config: Path | None, backend: str | None, model: str | None, host: str
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         settings = _settings(config, backend, model)
-        server = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-        settings = msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, **server))
-        listener = _listen(settings.server)
-        settings = _at(settings, listener.getsockname()[1])
-        app = create_app(settings, on_ready=lambda findings: click.echo(_welcome(settings, findings)))
+        given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        settings = msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, **given))
+        app = create_app(settings, on_ready=lambda found: click.echo(_welcome(_at(settings, listener), found)))
+        listener = server.listen(settings.server)
     except SettingsError as exc:
         raise click.ClickException(str(exc)) from None
-    _run(app, listener)
+    if not server.run(app, listener):
+        sys.exit(1)
 
 
 @main.command()
@@ -63,8 +57,7 @@ def check(file: Path) -> None:
     """Say what is wrong with a configuration FILE: where, and what to write instead."""
     try:
         settings = load(file)
-        for upstream in settings.upstreams.values():
-            load_adapter(upstream)
+        load_adapters(settings)
         if not settings.auth.keys and (forbidden := why_not_anonymous(settings)):
             raise SettingsError(f"{file}: it has no keys, but {forbidden}: add one under auth.keys (`suiron key new`)")
     except SettingsError as exc:
@@ -123,9 +116,10 @@ def _one_upstream(name: str, upstream: Upstream) -> Settings:
 
 def _in_front_of(url: str, model: str | None) -> Settings:
     """Settings for one server, with the models that it says it has. Raises SettingsError."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    address = url if "://" in url else f"http://{url}"
+    if not is_base_url(address):
         raise SettingsError(f"--backend {url}: not like http://host:port")
+    parts = urlsplit(address)
     base_url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
     upstream = Upstream(adapter="openai", base_url=base_url)
     found = asyncio.run(_probe(upstream))
@@ -159,42 +153,10 @@ async def _probe(upstream: Upstream) -> UpstreamFacts | GatewayError:
         await adapter.aclose()
 
 
-def _listen(server: Server) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-        return socket.create_server((server.host, server.port), family=family, backlog=2048)
-    except OSError as exc:
-        hint = "; is another one running? Choose another with --port" if server.port else ""
-        raise SettingsError(f"cannot listen on {server.host}:{server.port}: {exc.strerror}{hint}") from None
-
-
-def _at(settings: Settings, port: int) -> Settings:
+def _at(settings: Settings, listener: socket.socket) -> Settings:
+    """*settings* with the port that was found free, where they ask for any."""
+    port = listener.getsockname()[1]
     return msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, port=port))
-
-
-def _run(app: Any, listener: socket.socket) -> None:
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            lifespan="on",
-            log_config=None,
-            log_level=logging.WARNING,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=GRACE_S,
-        )
-    )
-
-    def ended(signum: int, _: FrameType | None) -> None:
-        """uvicorn raises the signal again once it has shut down; by then all is done."""
-
-    signal.signal(signal.SIGINT, ended)
-    signal.signal(signal.SIGTERM, ended)
-    server.run(sockets=[listener])
-    if not server.started:
-        sys.exit(1)
 
 
 def _welcome(settings: Settings, findings: Findings) -> str:

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from gateway.adapter import Dispatch
 from gateway.call import Call
-from gateway.errors import UpstreamError
+from gateway.errors import UpstreamError, UpstreamFailed
 from gateway.models import Models, Target
 from gateway.schema.payload import Parts
 from gateway.schema.reading import judge_unknown
@@ -49,7 +49,9 @@ class Pipeline:
             verb = getattr(target.adapter, call.endpoint.verb)
             async with aclosing(verb(call.request, self._dispatch(call, target))) as parts:
                 try:
-                    first = await anext(parts)
+                    first = await anext(parts, None)
+                    if first is None:
+                        raise UpstreamFailed("The upstream ended its answer before it began.")
                 except UpstreamError:
                     if target is targets[-1]:
                         raise

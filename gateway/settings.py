@@ -3,15 +3,24 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
 from msgspec import Meta, Struct
 
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._@-]{1,64}$", description="1 to 64 of A-Z a-z 0-9 . _ @ -")]
+SHA256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", description="64 digits of 0-9 a-f, as `suiron key new` prints")]
+AdapterName = Annotated[
+    str, Meta(pattern=r"^([a-z]\w*|[A-Za-z_][\w.]*:\w+)$", description="a name such as openai, or package.module:Class")
+]
+Steps = tuple[str | int, ...]
+"""The way to a value: keys of mappings and indexes of lists, from the top."""
 
 
 class SettingsError(Exception):
@@ -32,8 +41,8 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A static key: the SHA-256 of it in hex, as `suiron key new` prints. `models` null means all."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._@-]{1,64}$")]
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    name: KeyName
+    sha256: SHA256
     models: list[str] | None = None
 
 
@@ -74,7 +83,7 @@ class Timeouts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A server, or a model in this machine. `options` are the adapter's own."""
 
-    adapter: str
+    adapter: AdapterName
     base_url: str = ""
     api_key: Secret | None = None
     timeouts: Timeouts = Timeouts()
@@ -108,57 +117,34 @@ def load(path: Path) -> Settings:
     """Raises SettingsError for the first fault found."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise SettingsError(f"{path}: cannot be read: {exc}") from None
+    except OSError as exc:
+        raise SettingsError(f"{path}: cannot be read: {exc.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: cannot be read: it is not UTF-8") from None
     return parse(text, str(path))
 
 
 def parse(text: str, file: str) -> Settings:
     """Settings from YAML; *file* is its name for messages. Raises SettingsError."""
     try:
-        root = yaml.compose(text, Loader=yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader)
-        lines = dict(_lines(root, ())) if root is not None else {}
-        document = yaml.safe_load(text) if root is not None else {}
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        document = {} if root is None else loader.construct_document(root) or {}
+        fault = _fault(document, Settings, ())
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
-        where = f"{file}:{mark.line + 1}" if mark else file
-        raise SettingsError(f"{where}: {exc.problem}") from None
-    except yaml.YAMLError as exc:
-        raise SettingsError(f"{file}: {exc}") from None
+        raise SettingsError(f"{file}:{mark.line + 1 if mark else 1}: {exc.problem or exc.context}") from None
+    except (yaml.YAMLError, ValueError) as exc:  # a character that no YAML has; a date that no calendar has
+        raise SettingsError(f"{file}: {str(exc).splitlines()[0]}") from None
     except RecursionError:
         raise SettingsError(f"{file}: nested too deeply") from None
-    try:
-        settings = msgspec.convert(document or {}, Settings)
-        check(settings)
-    except msgspec.ValidationError as exc:
-        raise _placed(str(exc), document, lines, file) from None
-    return settings
-
-
-def check(settings: Settings) -> None:
-    """What the types cannot say: references and unique names. Raises msgspec.ValidationError with a path."""
-    for name, model in settings.models.items():
-        for index, target in enumerate(model.targets):
-            if target.upstream not in settings.upstreams:
-                hint = _near(target.upstream, settings.upstreams)
-                raise msgspec.ValidationError(
-                    f"there is no upstream '{target.upstream}'{hint} - at `$.models.{name}.targets[{index}].upstream`"
-                )
-    names = [key.name for key in settings.auth.keys]
-    for index, key in enumerate(settings.auth.keys):
-        if key.name in names[:index]:
-            raise msgspec.ValidationError(f"a second key '{key.name}' - at `$.auth.keys[{index}].name`")
-        for model_name in key.models or ():
-            if model_name not in settings.models:
-                hint = _near(model_name, settings.models)
-                raise msgspec.ValidationError(
-                    f"there is no model '{model_name}'{hint} - at `$.auth.keys[{index}].models`"
-                )
-    for name, upstream in settings.upstreams.items():
-        if upstream.base_url and not re.match(r"^https?://[^/@\s]+", upstream.base_url):
-            raise msgspec.ValidationError(
-                f"'{upstream.base_url}' is not like http://host:port/v1 - at `$.upstreams.{name}.base_url`"
-            )
+    if fault is None:
+        settings = msgspec.convert(document, Settings)
+        fault = next(_inconsistencies(settings), None)
+        if fault is None:
+            return settings
+    path, what = fault
+    raise SettingsError(f"{file}:{_line_of(root, path)}: {_shown(path)}: {what}")
 
 
 def json_schema() -> dict[str, Any]:
@@ -166,101 +152,123 @@ def json_schema() -> dict[str, Any]:
     return msgspec.json.schema(Settings)
 
 
-Path_ = tuple[str | int, ...]
+class _Loader(yaml.SafeLoader):
+    """Refuses duplicate keys, of which YAML's own loader takes the last."""
 
-
-def _lines(node: yaml.Node, path: Path_) -> Iterator[tuple[Path_, int]]:
-    """Every path in the document and the line it begins on; raises yaml.MarkedYAMLError at a duplicate key."""
-    yield path, node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, value in node.value:
-            if key.value in seen:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' occurs twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-            yield from _lines(value, (*path, key.value))
-            yield (*path, key.value), key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _lines(item, (*path, index))
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
-_FAULT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<key>key in )?\$(?P<path>.*)`)?$", re.DOTALL)
+Fault = tuple[Steps, str]
+"""Where something is wrong, and what."""
 
 
-def _placed(fault: str, document: Any, lines: dict[Path_, int], file: str) -> SettingsError:
-    """The fault with its line; msgspec writes `[...]` for a mapping's key, so the keys are tried until one fits."""
-    match = _FAULT.match(fault)
-    assert match is not None
-    what, dotted = match["what"], match["path"] or ""
-    path = _resolve(dotted, document, what)
+def _inconsistencies(settings: Settings) -> Iterator[Fault]:
+    """What the types cannot say: references, unique names, addresses."""
+    for name, upstream in settings.upstreams.items():
+        if upstream.base_url and not is_base_url(upstream.base_url):
+            yield (
+                ("upstreams", name, "base_url"),
+                "not like http://host:port/v1 (a credential goes into api_key, a query nowhere)",
+            )
+        if upstream.api_key is not None and (upstream.api_key.env is None) == (upstream.api_key.file is None):
+            yield ("upstreams", name, "api_key"), "a secret is either {env: NAME} or {file: PATH}"
+    for name, model in settings.models.items():
+        for index, target in enumerate(model.targets):
+            if target.upstream not in settings.upstreams:
+                hint = _near(target.upstream, settings.upstreams)
+                path: Steps = ("models", name, "targets", index, "upstream")
+                yield path, f"there is no upstream '{target.upstream}'{hint}"
+    names = [key.name for key in settings.auth.keys]
+    for index, key in enumerate(settings.auth.keys):
+        if key.name in names[:index]:
+            yield ("auth", "keys", index, "name"), f"a second key '{key.name}'"
+        for position, model_name in enumerate(key.models or ()):
+            if model_name not in settings.models:
+                hint = _near(model_name, settings.models)
+                yield ("auth", "keys", index, "models", position), f"there is no model '{model_name}'{hint}"
+
+
+_BASE_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^\s?#]*)?", re.ASCII)
+
+
+def is_base_url(url: str) -> bool:
+    """Whether it is http or https, a host, perhaps a port and a path, and nothing else: no credential, no query."""
+    try:
+        return bool(_BASE_URL.fullmatch(url)) and urlsplit(url).port != 0
+    except ValueError:  # not an address of IPv6, or a port that is too high
+        return False
+
+
+def _fault(value: Any, kind: Any, path: Steps) -> Fault | None:
+    """The innermost part of *value* that is wrong by itself; None if the whole is a *kind*."""
+    try:
+        msgspec.convert(value, kind)
+        return None
+    except msgspec.ValidationError as exc:
+        what = str(exc).partition(" - at `")[0]
+    for step, member, member_kind in _members(value, _bare(kind)):
+        if fault := _fault(member, member_kind, (*path, step)):
+            return fault
     if unknown := re.match(r"Object contains unknown field `(.*)`", what):
-        known = _fields_at(path)
-        path = (*path, unknown[1])
-        what = f"unknown key '{unknown[1]}'{_near(unknown[1], known) or '; known are: ' + ', '.join(sorted(known))}"
-    elif missing := re.match(r"Object missing required field `(.*)`", what):
-        what = f"'{missing[1]}' is missing"
-    line = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 1)
-    shown = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+        known = sorted(field.encode_name for field in msgspec.structs.fields(_bare(kind)))
+        hint = _near(unknown[1], known) or f"; known are: {', '.join(known)}"
+        return (*path, unknown[1]), f"unknown key '{unknown[1]}'{hint}"
+    if missing := re.match(r"Object missing required field `(.*)`", what):
+        return path, f"'{missing[1]}' is missing"
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            return path, f"the key {key} is not text: put it in quotes"
+    if "matching regex" in what:
+        what = f"Expected {next(meta.description for meta in get_args(kind)[1:])}"
     said = what.replace("`", "").replace(" | null", "")
-    return SettingsError(f"{file}:{line}: {shown or 'the document'}: {said[:1].lower()}{said[1:]}")
+    return path, f"{said[:1].lower()}{said[1:]}"
 
 
-def _steps(dotted: str) -> list[str | int | None]:
-    """None stands for "some key of this mapping"."""
-    return [
-        None if inner == "..." else int(inner) if inner else name
-        for name, inner in re.findall(r"\.([^.\[\]]+)|\[(\.\.\.|\d+)\]", dotted)
-    ]
+def _members(value: Any, kind: Any) -> list[tuple[str | int, Any, Any]]:
+    """The members of *value* with their types, as far as *kind* says."""
+    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Struct):
+        kinds = get_type_hints(kind, include_extras=True)
+        return [(name, member, kinds[name]) for name, member in value.items() if name in kinds]
+    if isinstance(value, dict) and get_origin(kind) is dict:
+        return [(name, member, get_args(kind)[1]) for name, member in value.items()]
+    if isinstance(value, list) and get_origin(kind) is list:
+        return [(index, item, get_args(kind)[0]) for index, item in enumerate(value)]
+    return []
 
 
-def _resolve(dotted: str, document: Any, what: str) -> Path_:
-    """The first path of that form at which msgspec finds the same fault again."""
-    candidates: list[tuple[Path_, Any]] = [((), document)]
-    for step in _steps(dotted):
-        reached: list[tuple[Path_, Any]] = []
-        for path, value in candidates:
-            if step is None and isinstance(value, dict):
-                reached += [((*path, key), member) for key, member in value.items()]
-            elif isinstance(value, dict) and step in value:
-                reached.append(((*path, step), value[step]))  # type: ignore[arg-type]
-            elif isinstance(value, list) and isinstance(step, int) and step < len(value):
-                reached.append(((*path, step), value[step]))
-        candidates = reached or candidates
-    for path, value in candidates:
-        try:
-            msgspec.convert(value, _type_at(path))
-        except msgspec.ValidationError as exc:
-            if str(exc).partition(" - at ")[0] == what:
-                return path
-    return candidates[0][0]
-
-
-def _type_at(path: Path_) -> Any:
-    kind: Any = Settings
-    for step in path:
-        kind = _member_type(kind, step)
+def _bare(kind: Any) -> Any:
+    """A type without `Annotated` and `| None`."""
+    while get_origin(kind) not in (None, dict, list):
+        kind = next(part for part in get_args(kind) if part is not NoneType)
     return kind
 
 
-def _member_type(kind: Any, step: str | int) -> Any:
-    info = msgspec.inspect.type_info(kind)
-    for option in info.types if isinstance(info, msgspec.inspect.UnionType) else (info,):
-        if isinstance(option, msgspec.inspect.StructType):
-            hints = {field.encode_name: name for field in option.fields if (name := field.name)}
-            if step in hints:
-                return get_type_hints(option.cls, include_extras=True)[hints[str(step)]]
-    arguments = getattr(kind, "__args__", ())
-    if getattr(kind, "__metadata__", None) is not None:
-        return _member_type(kind.__origin__, step)
-    return arguments[-1] if arguments else Any
+def _line_of(node: yaml.Node | None, path: Steps) -> int:
+    """The line on which *path* stands, or what is nearest around it."""
+    line = 1
+    for step in path:
+        if isinstance(node, yaml.MappingNode):
+            key, node = next((pair for pair in node.value if pair[0].value == str(step)), (None, None))
+        elif isinstance(node, yaml.SequenceNode):
+            key = node = node.value[int(step)]
+        else:
+            break
+        line = line if key is None else key.start_mark.line + 1
+    return line
 
 
-def _fields_at(path: Path_) -> list[str]:
-    info = msgspec.inspect.type_info(_type_at(path))
-    return [field.encode_name for field in info.fields] if isinstance(info, msgspec.inspect.StructType) else []
+def _shown(path: Steps) -> str:
+    """Such as `models."org/name".targets[0]`."""
+    named = [f"[{s}]" if isinstance(s, int) else f".{s}" if re.fullmatch(r"[\w-]+", s) else f'."{s}"' for s in path]
+    return "".join(named).lstrip(".") or "the document"
 
 
-def _near(name: str, known: Any) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -8,11 +8,14 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class Event(Struct):
+class Event(Struct, gc=False):
     """A server-sent event; `name` is the `event:` field."""
 
     data: bytes
     name: str = "message"
+
+
+_BETWEEN = b"\n\ndata: "
 
 
 class EventReader:
@@ -31,6 +34,7 @@ class EventReader:
         self._size = 0
         self._name = "message"
         self._started = False
+        self._after_cr = False
 
     def feed(self, block: bytes) -> list[Event]:
         """The events that *block* completes; raises UpstreamFailed when one is larger than allowed."""
@@ -41,7 +45,13 @@ class EventReader:
                 return []
             self._started, self._rest = True, b""
             block = block.removeprefix(b"\xef\xbb\xbf")
-        lines, self._rest = _lines(self._rest + block)
+        if block and (self._after_cr or b"\r" in block):
+            block = self._with_line_feeds(block)
+        block = self._rest + block
+        if not self._data and self._name == "message" and _is_plain(block):
+            self._rest = b""
+            return [Event(data) for data in block[6:-2].split(_BETWEEN)]
+        *lines, self._rest = block.split(b"\n")
         events = []
         for line in lines:
             if not line:
@@ -54,6 +64,13 @@ class EventReader:
             raise UpstreamFailed("The upstream sent an event that is too large.")
         return events
 
+    def _with_line_feeds(self, block: bytes) -> bytes:
+        """A CR ends its line at once; the LF that may follow, even in the next block, is part of the same end."""
+        if self._after_cr:
+            block = block.removeprefix(b"\n")
+        self._after_cr = block.endswith(b"\r")
+        return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
     def _field(self, line: bytes) -> None:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
@@ -64,15 +81,11 @@ class EventReader:
             self._name = value.decode(errors="replace") or "message"
 
 
-def _lines(block: bytes) -> tuple[list[bytes], bytes]:
-    """Complete lines without their ends, and the rest. A CR at the very end waits: it may be half of a CRLF."""
-    if b"\r" in block:
-        held = b"\r" if block.endswith(b"\r") else b""
-        block = block[: len(block) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *lines, rest = block.split(b"\n")
-        return lines, rest + held
-    *lines, rest = block.split(b"\n")
-    return lines, rest
+def _is_plain(block: bytes) -> bool:
+    """Whether it is whole events of one `data: ` line each, as nearly all blocks are: those are split in one go."""
+    return (
+        block.startswith(b"data: ") and block.endswith(b"\n\n") and block.count(b"\n") == 2 + 2 * block.count(_BETWEEN)
+    )
 
 
 def write_event(wire: bytes) -> bytes:

@@ -6,9 +6,9 @@ What holds for every answer, whoever gave it?
 * Every choice begins with its role, in the order 0, 1, 2 … (the SDK's accumulator needs that), and is finished once.
 * An answer with a choice missing or unfinished is an error: nobody takes a truncated answer for a whole one.
 
-A chunk that needs nothing but its envelope changed is spliced as bytes; all others are taken apart. The tests hold the
-two ways against each other. This is the only module that searches in JSON as bytes. Source of the order of chunks and
-of the nulls that stay and those that go: `reference` of OpenAI's API as its Python SDK reads it.
+A chunk that differs from the one before in nothing but its text, as most do, is spliced: that text between the same
+bytes as before. All others are taken apart. The tests hold the two ways against each other. This is the only module
+that searches in JSON as bytes. Source of the order of chunks and of the nulls that stay: OpenAI's OpenAPI description.
 """
 
 import re
@@ -23,14 +23,16 @@ from gateway.call import Call
 from gateway.errors import UpstreamFailed
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import CHAT
-from gateway.schema.payload import Part, Parts
+from gateway.schema.payload import NULL, Part, Parts
 
 ENVELOPE = ("id", "object", "created", "model")
+NOT_OURS = frozenset((*ENVELOPE, "obfuscation"))
 
-_ENVELOPE_AT_START = re.compile(rb'\{(?:"(?:id|object|created|model)":(?:"[^"\\]*"|\d+),){4}')
-_NULL = Raw(b"null")
+_TEXT = re.compile(rb'"(?:content|text)"\s*:\s*"')
+"""What goes before a chunk's text. No string has these bytes: in one, the quotes would be escaped."""
 _MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 _ITEMS = msgspec.json.Decoder(list[dict[str, Raw]])
+_CALLS = msgspec.json.Decoder(list[dict[str, Any]])
 _encode = msgspec.json.encode
 
 
@@ -43,16 +45,19 @@ async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[P
             return
         chunks = Chunks(call)
         async for arrived in parts:
-            if rewritten := [chunk for part in arrived for chunk in chunks.rewrite(part)]:
+            if rewritten := chunks.rewrite(arrived):
                 yield rewritten
         if last := chunks.end():
             yield last
 
 
 def expected_choices(request: Any) -> int:
-    prompt = getattr(request, "prompt", None)
-    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
-    return prompts * (request.n or 1)
+    return _texts(getattr(request, "prompt", None)) * (request.n or 1)
+
+
+def _texts(given: Any) -> int:
+    """How many texts a `prompt` or an `input` is; a list of token ids is one."""
+    return len(given) if isinstance(given, list) and not isinstance(given[0], int) else 1
 
 
 # A whole answer.
@@ -60,32 +65,42 @@ def expected_choices(request: Any) -> int:
 
 def whole(call: Call, part: Part[Any]) -> Part[Any]:
     """A completion with every member OpenAI requires and no null that its schema forbids."""
-    members: dict[str, Any] = {n: raw for n, raw in _MEMBERS.decode(part.wire).items() if bytes(raw) != b"null"}
+    members = {name: raw for name, raw in _MEMBERS.decode(part.wire).items() if raw != NULL}
+    usage = _tidy_usage(members.pop("usage", None), part.usage)
+    minted: dict[str, Any] = {"object": call.endpoint.object, "model": call.request.value.model}
     if call.endpoint.streams:
-        choices = _whole_choices(call, part, members["choices"])
-        usage = {"usage": raw} if (raw := _tidy_usage(members.get("usage"), part.usage)) else {}
-        minted = {
-            "id": call.endpoint.id_prefix + call.id,
-            "object": call.endpoint.object,
-            "created": call.created,
-            "model": call.request.value.model,
-            "choices": choices,
-        }
-        members = minted | {name: raw for name, raw in members.items() if name not in minted} | usage
+        minted |= {"id": call.endpoint.id_prefix + call.id, "created": call.created}
+        minted |= {"choices": _whole_choices(call, part.value.choices, members["choices"])}
     else:
-        members = {"object": call.endpoint.object, **members, "model": call.request.value.model}
-    return Part(part.value, _encode(members), part.usage)
+        minted |= {"data": _whole_data(call, part.value.data, members["data"])}
+    if usage is not None:
+        minted |= {"usage": usage}
+    return Part(part.value, _encode({**members, **minted}), part.usage)
 
 
-def _whole_choices(call: Call, part: Part[Any], raw: Raw) -> Any:
-    choices = part.value.choices
+def _whole_choices(call: Call, choices: Any, raw: Raw) -> Any:
     expected = expected_choices(call.request.value)
     if len(choices) < expected or not all(choice.finish_reason for choice in choices):
         raise UpstreamFailed("The upstream's answer is not complete.")
     if len(choices) == expected and _is_complete(choices, raw):
         return raw
-    completed = [_completed(choice, call.endpoint is CHAT) for choice in _ITEMS.decode(raw)]
-    return sorted(completed, key=lambda choice: int(bytes(choice["index"])))[:expected]
+    completed = [_completed(members, call.endpoint is CHAT) for members in _in_order(choices, raw)[:expected]]
+    return [{**members, "index": position} for position, members in enumerate(completed)]
+
+
+def _whole_data(call: Call, data: Any, raw: Raw) -> Any:
+    if len(data) != _texts(call.request.value.input):
+        raise UpstreamFailed("The upstream's answer is not complete.")
+    if all(vector.index == position for position, vector in enumerate(data)):
+        return raw
+    return [{**members, "index": position} for position, members in enumerate(_in_order(data, raw))]
+
+
+def _in_order(items: Any, raw: Raw) -> list[dict[str, Raw]]:
+    """The members of each item, by index; items that have none stay where they are."""
+    indexes = [position if item.index is UNSET else item.index for position, item in enumerate(items)]
+    decoded = _ITEMS.decode(raw)
+    return [decoded[position] for position in sorted(range(len(items)), key=indexes.__getitem__)]
 
 
 def _is_complete(choices: Any, raw: Raw) -> bool:
@@ -100,19 +115,40 @@ def _is_complete(choices: Any, raw: Raw) -> bool:
 
 
 def _required_nulls(choice: Any) -> int | None:
-    """How many of the members that may be null are; None if one is missing."""
+    """How many of the members that may be null are; None if one is missing, or must be looked into."""
     message = getattr(choice, "message", None)
-    values = [choice.logprobs] if message is None else [choice.logprobs, message.content, message.refusal]
-    return None if any(value is UNSET for value in values) else sum(value is None for value in values)
+    if choice.logprobs is not None:
+        return None
+    if message is None:
+        return 1
+    if message.role is None or message.content is UNSET or message.refusal is UNSET:
+        return None
+    return 1 + (message.content is None) + (message.refusal is None)
 
 
 def _completed(choice: dict[str, Raw], chat: bool) -> dict[str, Any]:
-    members: dict[str, Any] = {name: raw for name, raw in choice.items() if bytes(raw) != b"null"}
-    members.setdefault("index", Raw(b"0"))
-    members.setdefault("logprobs", _NULL)
+    members = {"logprobs": NULL, **_tidy_choice(choice, chat)}
     if chat:
-        message = {name: raw for name, raw in _MEMBERS.decode(choice["message"]).items() if bytes(raw) != b"null"}
-        members["message"] = {"role": "assistant", "content": _NULL, "refusal": _NULL} | message
+        message = _without_needless_nulls(choice["message"])
+        members["message"] = {"role": "assistant", "content": NULL, "refusal": NULL, **message}
+    return members
+
+
+def _tidy_choice(choice: dict[str, Raw], chat: bool) -> dict[str, Any]:
+    """The members of a choice without nulls; `logprobs` may be null, and have both their lists where they are not."""
+    members: dict[str, Any] = {n: raw for n, raw in choice.items() if raw != NULL or n == "logprobs"}
+    if chat and (logprobs := members.get("logprobs", NULL)) != NULL:
+        members["logprobs"] = {"content": NULL, "refusal": NULL, **_MEMBERS.decode(logprobs)}
+    return members
+
+
+def _without_needless_nulls(message: Raw) -> dict[str, Any]:
+    """The members of a message or delta; `content` and `refusal` may be null."""
+    members: dict[str, Any] = {
+        name: raw for name, raw in _MEMBERS.decode(message).items() if raw != NULL or name in ("content", "refusal")
+    }
+    if b"null" in bytes(calls := members.get("tool_calls", b"")):
+        members["tool_calls"] = [_without_nulls(call) for call in _CALLS.decode(calls)]
     return members
 
 
@@ -128,8 +164,9 @@ def _tidy_usage(raw: Raw | None, usage: Usage | None) -> Any:
 
 
 def _without_nulls(members: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls in *members* and in the objects right below."""
     return {
-        name: _without_nulls(value) if isinstance(value, dict) else value
+        name: {n: v for n, v in value.items() if v is not None} if isinstance(value, dict) else value
         for name, value in members.items()
         if value is not None
     }
@@ -152,49 +189,58 @@ class Chunks:
         self._chat = call.endpoint is CHAT
         self._include_usage = call.include_usage
         self._minted: dict[str, Any] = minted | ({"usage": None} if self._include_usage else {})
-        self._head = _encode(self._minted)[:-1] + b","
-        self._upstream_head: bytes | None = None
+        self._seam: Seam | None = None
         self._expected = expected_choices(call.request.value)
         self._finished: dict[int, bool] = {}  # the choices that have begun, in order
         self._usage: tuple[Raw | None, Usage] | None = None
 
-    def rewrite(self, part: Part[Any]) -> Iterator[Part[Any]]:
-        """The chunks to send for one that came: none, one, or the beginnings of other choices before it."""
-        if (wire := self.spliced(part)) is not None:
-            part.wire = wire
-            yield part
-        else:
-            yield from self.rebuilt(part)
+    def rewrite(self, arrived: Parts) -> Parts:
+        """The chunks to send for those that came: for each none, itself, or beginnings of other choices before it."""
+        rewritten: Parts = []
+        for part in arrived:
+            if (wire := self.spliced(part)) is not None:
+                part.wire = wire
+                rewritten.append(part)
+            else:
+                rewritten.extend(self.rebuilt(part))
+        return rewritten
 
     def spliced(self, part: Part[Any]) -> bytes | None:
-        """The chunk with its envelope exchanged in place, or None where more than that must change."""
-        head, value = self._upstream_head, part.value
-        if head is None or value.usage is not UNSET or len(value.choices) != 1 or not part.wire.startswith(head):
+        """The chunk, if it differs from the last one that was rebuilt in nothing but its text; else None."""
+        if self._seam is None:
             return None
-        choice = value.choices[0]
-        if choice.finish_reason is not None or self._finished.get(choice.index, True):
+        before, after, ours_before, ours_after, shortest = self._seam
+        wire = part.wire
+        if len(wire) < shortest or not wire.startswith(before) or not wire.endswith(after):
             return None
-        if self._chat and choice.delta.role is not None:
+        text = wire[len(before) : -len(after)]
+        # valid JSON without a quote here, or a backslash before the one that follows: nothing but a string's inside
+        if b'"' in text or text.endswith(b"\\"):
             return None
-        return self._head + part.wire[len(head) :]
+        return ours_before + text + ours_after
 
     def rebuilt(self, part: Part[Any]) -> Iterator[Part[Any]]:
-        members = _MEMBERS.decode(part.wire)
+        members = _MEMBERS.decode(_on_one_line(part.wire))
         raw_usage = members.pop("usage", None)
         if part.usage is not None:
             self._usage = raw_usage, part.usage
         raw_choices = _ITEMS.decode(members.pop("choices"))
-        rest = {name: raw for name, raw in members.items() if name not in ENVELOPE and bytes(raw) != b"null"}
-        self._find_envelope(part.wire, len(members) - len(rest))
+        rest = {name: raw for name, raw in members.items() if name not in NOT_OURS and raw != NULL}
+        self._seam = None
         choices = []
+        goes_on = False  # the chunk is in the middle of its only choice
         for choice, raw in zip(part.value.choices, raw_choices, strict=True):
-            index = choice.index
+            index = 0 if choice.index is UNSET else choice.index
+            goes_on = len(raw_choices) == 1 and index in self._finished and not choice.finish_reason
             if self._finished.get(index, index >= self._expected):
                 continue  # after its end, or more than were asked for
             yield from self._beginnings(index)
-            choices.append(self._choice(choice, raw))
+            choices.append(self._choice(index, choice.finish_reason or None, raw))
         if choices:
-            part.wire = _encode({**self._minted, **rest, "choices": choices})
+            sent = _encode({**self._minted, **rest, "choices": choices})
+            if goes_on and part.usage is None:
+                self._seam = _seam(part.wire, sent)
+            part.wire = sent
             yield part
 
     def end(self) -> Parts:
@@ -207,11 +253,6 @@ class Chunks:
         raw = self._usage[0] if self._usage is not None and self._usage[1] is usage else None
         return [self._part([], usage, {"usage": _tidy_usage(raw, usage)})]
 
-    def _find_envelope(self, wire: bytes, dropped: int) -> None:
-        """Splicing needs all of the envelope, and nothing else to drop, before the first other member."""
-        match = _ENVELOPE_AT_START.match(wire)
-        self._upstream_head = match[0] if match is not None and dropped == len(ENVELOPE) else None
-
     def _beginnings(self, index: int) -> Iterator[Part[Any]]:
         """What must go before the first chunk of a choice: the beginnings of those with a lower index."""
         for earlier in range(len(self._finished), index):
@@ -219,15 +260,40 @@ class Chunks:
             start: dict[str, Any] = {"delta": {"role": "assistant", "content": ""}} if self._chat else {"text": ""}
             yield self._part([{"index": earlier, **start, "logprobs": None, "finish_reason": None}], None, {})
 
-    def _choice(self, choice: Any, raw: dict[str, Raw]) -> dict[str, Any]:
-        members: dict[str, Any] = {"index": choice.index, **raw}
-        if self._chat:
-            delta = _MEMBERS.decode(raw["delta"])
+    def _choice(self, index: int, finish_reason: str | None, raw: dict[str, Raw]) -> dict[str, Any]:
+        members = _tidy_choice(raw, self._chat)
+        if not self._chat:
+            members.setdefault("logprobs", NULL)
+        else:
+            delta = _without_needless_nulls(raw["delta"])
             delta.pop("role", None)
-            members["delta"] = delta if choice.index in self._finished else {"role": "assistant", **delta}
-        members["finish_reason"] = choice.finish_reason or None
-        self._finished[choice.index] = bool(choice.finish_reason)
-        return members
+            members["delta"] = delta if index in self._finished else {"role": "assistant", **delta}
+        self._finished[index] = finish_reason is not None
+        return {**members, "index": index, "finish_reason": finish_reason}
 
     def _part(self, choices: list[dict[str, Any]], usage: Usage | None, more: dict[str, Any]) -> Part[Any]:
         return Part(None, _encode({**self._minted, "choices": choices, **more}), usage)
+
+
+Seam = tuple[bytes, bytes, bytes, bytes, int]
+"""A chunk before and after its text, as it came and as it is sent; and the least length of one that came."""
+
+
+def _seam(came: bytes, sent: bytes) -> Seam | None:
+    """None if there is no telling where the text is."""
+    theirs, ours = _around_text(came), _around_text(sent)
+    return None if theirs is None or ours is None else (*theirs, *ours, len(theirs[0]) + len(theirs[1]))
+
+
+def _around_text(wire: bytes) -> tuple[bytes, bytes] | None:
+    places = list(_TEXT.finditer(wire))
+    if len(places) != 1:
+        return None
+    start = places[0].end()
+    end = wire.index(b'"', start)
+    return None if wire[:end].endswith(b"\\") else (wire[:start], wire[end:])
+
+
+def _on_one_line(wire: bytes) -> bytes:
+    """An event of several lines is one line with line feeds in it, which would end the event that goes out."""
+    return msgspec.json.format(wire, indent=-1) if b"\n" in wire else wire

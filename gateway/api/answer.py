@@ -12,6 +12,7 @@ from litestar.types import Receive, Scope, Send
 from gateway.api.errors import JSON, VERSION, ErrorResponse, Headers, unexpected
 from gateway.call import Call
 from gateway.errors import GatewayError
+from gateway.interrupt import Interrupt
 from gateway.schema.payload import Parts
 from gateway.settings import Server
 from gateway.sse import DONE, KEEP_ALIVE, write_event
@@ -34,11 +35,10 @@ class Hangup:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._gone = False
+        self._interrupt = Interrupt()
         self._watch: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
-        self._task = asyncio.current_task()
         self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
 
     def _begin(self) -> None:
@@ -47,16 +47,13 @@ class Hangup:
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
-        if self._task is not None:
-            self._task.cancel()
+        self._interrupt.ring()
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> bool:
         self._timer.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        ours = self._gone and isinstance(exc, asyncio.CancelledError)
-        return ours and self._task is not None and self._task.uncancel() == 0
+        return self._interrupt.caused(exc)
 
 
 class Answer:

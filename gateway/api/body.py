@@ -5,6 +5,7 @@ import asyncio
 from litestar.types import Receive, Scope
 
 from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimeout
+from gateway.interrupt import Interrupt
 from gateway.settings import Server
 
 CLOSE = {"connection": "close"}
@@ -15,11 +16,16 @@ async def read_body(scope: Scope, receive: Receive, server: Server) -> bytes:
     declared = _declared(scope)
     if declared > server.max_body_bytes:
         raise _too_large(server)
+    interrupt = Interrupt()
+    timer = asyncio.get_running_loop().call_later(server.body_timeout_s, interrupt.ring)
     try:
-        async with asyncio.timeout(server.body_timeout_s):
-            return await _read(receive, server)
-    except TimeoutError:
-        raise RequestTimeout("The request's body did not arrive in time.", headers=CLOSE) from None
+        return await _read(receive, server)
+    except asyncio.CancelledError as exc:
+        if interrupt.caused(exc):
+            raise RequestTimeout("The request's body did not arrive in time.", headers=CLOSE) from None
+        raise
+    finally:
+        timer.cancel()
 
 
 async def _read(receive: Receive, server: Server) -> bytes:
@@ -42,7 +48,7 @@ def _declared(scope: Scope) -> int:
     length, content_type = 0, b""
     for name, value in scope["headers"]:
         if name == b"content-length":
-            length = int(value) if value.isdigit() else 0
+            length = int(value[:20]) if value.isdigit() else 0
         elif name == b"content-type":
             content_type = value
     if content_type.partition(b";")[0].strip().lower() != b"application/json":

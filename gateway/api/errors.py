@@ -84,7 +84,7 @@ def _method_not_allowed(request: Request[Any, Any, Any], exc: MethodNotAllowedEx
 
 
 def _methods(request: Request[Any, Any, Any]) -> set[str]:
-    path = request.scope["path"].rstrip("/")
+    path = request.scope["path"].rstrip("/") or "/"
     return {
         method
         for route in request.app.routes

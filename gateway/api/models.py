@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
 
 from gateway.auth import Keyring
 from gateway.models import Model, Models
@@ -18,7 +19,7 @@ def model_routes(keyring: Keyring, models: Models) -> list[HTTPRouteHandler]:
         return _json({"object": "list", "data": [_entry(model) for model in models.of(principal)]})
 
     @get("/v1/models/{model_id:path}")
-    async def retrieve_model(request: Request[Any, Any, Any], model_id: str) -> Response[bytes]:
+    async def retrieve_model(request: Request[Any, Any, Any], model_id: FromPath[str]) -> Response[bytes]:
         principal = keyring.authenticate(request.scope["headers"])
         return _json(_entry(models.get(model_id.removeprefix("/"), principal)))
 

@@ -9,6 +9,7 @@ from gateway.schema.common import (
     Bias,
     Choices,
     Count,
+    Index,
     Object,
     Penalty,
     Probability,
@@ -169,29 +170,28 @@ def _check_message(message: Message, where: str) -> None:
         _missing(f"{where}.tool_call_id", f"Missing required parameter: '{where}.tool_call_id'.")
     if isinstance(message.content, list):
         for index, part in enumerate(message.content):
-            _check_part(part, f"{where}.content[{index}]")
+            _check_part(part, PARTS.get(message.role, TEXT_ONLY), f"{where}.content[{index}]")
+    for index, call in enumerate(message.tool_calls or ()):
+        if call.type == "function" and call.function is None:
+            param = f"{where}.tool_calls[{index}].function"
+            _missing(param, f"Missing required parameter: '{param}'.")
 
 
-PART_MEMBERS = {
-    "text": "text",
-    "image_url": "image_url",
-    "input_audio": "input_audio",
-    "file": "file",
-    "refusal": "refusal",
-}
+TEXT_ONLY = ("text",)
+PARTS = {"user": ("text", "image_url", "input_audio", "file"), "assistant": ("text", "refusal")}
+"""The types of content parts that a role may have; a part's content is the member named like its type."""
 
 
-def _check_part(part: ContentPart, where: str) -> None:
-    member = PART_MEMBERS.get(part.type)
-    if member is None:
-        allowed = ", ".join(f"'{name}'" for name in PART_MEMBERS)
+def _check_part(part: ContentPart, allowed: tuple[str, ...], where: str) -> None:
+    if part.type not in allowed:
+        supported = ", ".join(f"'{name}'" for name in allowed)
         raise InvalidRequest(
-            f"Invalid value for '{where}.type'. Supported values are: {allowed}.",
+            f"Invalid value for '{where}.type'. Supported values are: {supported}.",
             param=f"{where}.type",
             code="invalid_value",
         )
-    if getattr(part, member) is None:
-        _missing(f"{where}.{member}", f"Missing required parameter: '{where}.{member}'.")
+    if getattr(part, part.type) is None:
+        _missing(f"{where}.{part.type}", f"Missing required parameter: '{where}.{part.type}'.")
 
 
 def _check_metadata(metadata: dict[str, str]) -> None:
@@ -208,27 +208,31 @@ def _check_tools(request: "ChatRequest") -> None:
     for index, tool in enumerate(tools):
         if tool.type == "function" and tool.function is None:
             _missing(f"tools[{index}].function", f"Missing required parameter: 'tools[{index}].function'.")
-    names = {tool.function.name for tool in tools if tool.function is not None}
-    choice = request.tool_choice
-    if isinstance(choice, str):
-        if choice not in ("none", "auto", "required"):
-            raise InvalidRequest(
-                "Invalid value for 'tool_choice'. Supported values are: 'none', 'auto', 'required', or an object.",
-                param="tool_choice",
-                code="invalid_value",
-            )
-        if choice == "required" and not tools:
-            raise InvalidRequest("`tool_choice` is only allowed when `tools` are given.", param="tool_choice")
-    elif choice is not None:
-        if not tools:
-            raise InvalidRequest("`tool_choice` is only allowed when `tools` are given.", param="tool_choice")
-        if choice.get("type") == "function" and _named(choice) not in names:
-            raise InvalidRequest(
-                "`tool_choice` names a function that is not in `tools`.", param="tool_choice", code="invalid_value"
-            )
+    if request.tool_choice is not None:
+        _check_tool_choice(request.tool_choice, tools)
     format = request.response_format
     if format is not None and format.type == "json_schema" and format.json_schema is None:
         _missing("response_format.json_schema", "Missing required parameter: 'response_format.json_schema'.")
+
+
+def _check_tool_choice(choice: str | Object, tools: list[Tool]) -> None:
+    mode = choice if isinstance(choice, str) else choice.get("type")
+    modes = ("none", "auto", "required") if isinstance(choice, str) else ("function", "allowed_tools", "custom")
+    if mode not in modes:
+        supported = ", ".join(f"'{name}'" for name in modes)
+        raise InvalidRequest(
+            f"Invalid value for 'tool_choice'. Supported values are: {supported}.",
+            param="tool_choice",
+            code="invalid_value",
+        )
+    if not tools and mode not in ("none", "auto"):
+        raise InvalidRequest("`tool_choice` is only allowed when `tools` are given.", param="tool_choice")
+    if isinstance(choice, str) or mode != "function":
+        return
+    if _named(choice) not in [tool.function.name for tool in tools if tool.function is not None]:
+        raise InvalidRequest(
+            "`tool_choice` names a function that is not in `tools`.", param="tool_choice", code="invalid_value"
+        )
 
 
 def _named(choice: Object) -> Any:
@@ -244,13 +248,14 @@ class AnswerMessage(Struct, kw_only=True):
     role: str | None = None
     content: str | None | UnsetType = UNSET
     refusal: str | None | UnsetType = UNSET
+    tool_calls: list[Object] | None | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
     message: AnswerMessage
-    index: int = 0
+    index: Index | UnsetType = UNSET
     finish_reason: str | None = None
-    logprobs: Any = UNSET
+    logprobs: Object | None | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, kw_only=True):
@@ -261,18 +266,20 @@ class ChatCompletion(Struct, kw_only=True):
 
 class Delta(Struct, kw_only=True, omit_defaults=True):
     role: str | None = None
-    content: str | None = None
-    tool_calls: list[Any] | None = None
+    content: str | None | UnsetType = UNSET
+    refusal: str | None | UnsetType = UNSET
+    tool_calls: list[Object] | None | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, kw_only=True):
     delta: Delta
-    index: int = 0
+    index: Index | UnsetType = UNSET
     finish_reason: str | None | UnsetType = UNSET
-    logprobs: Any = UNSET
+    logprobs: Object | None | UnsetType = UNSET
 
 
 class ChatChunk(Struct, kw_only=True):
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
+    obfuscation: Any = UNSET
     error: Any = UNSET

@@ -8,6 +8,7 @@ INT64 = 2**63
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Choices = Annotated[int, Meta(ge=1, le=128)]
+Index = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=-INT64, le=INT64 - 1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Probability = Annotated[float, Meta(ge=0, le=1)]

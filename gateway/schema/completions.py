@@ -8,6 +8,8 @@ from gateway.errors import InvalidRequest
 from gateway.schema.common import (
     Bias,
     Choices,
+    Index,
+    Object,
     Penalty,
     Probability,
     Seed,
@@ -81,9 +83,9 @@ def are_ids(items: list[Any]) -> bool:
 
 class CompletionChoice(Struct, kw_only=True):
     text: str
-    index: int = 0
+    index: Index | UnsetType = UNSET
     finish_reason: str | None | UnsetType = UNSET
-    logprobs: Any = UNSET
+    logprobs: Object | None | UnsetType = UNSET
 
 
 class Completion(Struct, kw_only=True):
@@ -91,4 +93,5 @@ class Completion(Struct, kw_only=True):
 
     choices: list[CompletionChoice]
     usage: Usage | None | UnsetType = UNSET
+    obfuscation: Any = UNSET
     error: Any = UNSET

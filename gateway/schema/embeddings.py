@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.errors import InvalidRequest
-from gateway.schema.common import Count, Usage
+from gateway.schema.common import Count, Index, Usage
 from gateway.schema.completions import check_texts
 
 
@@ -24,7 +24,12 @@ class EmbeddingRequest(Struct, kw_only=True):
             raise InvalidRequest("`input` must not be empty.", param="input", code="invalid_value")
 
 
+class Embedding(Struct, kw_only=True):
+    embedding: Raw
+    index: Index | UnsetType = UNSET
+
+
 class Embeddings(Struct, kw_only=True):
-    data: list[Raw]
+    data: list[Embedding]
     usage: Usage | None | UnsetType = UNSET
     error: Any = UNSET

@@ -10,21 +10,21 @@ from gateway.schema.common import Usage
 
 T = TypeVar("T", bound=Struct)
 
+NULL = Raw(b"null")
+"""To compare with: three times as fast as taking the bytes out."""
+
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 
-class Payload(Generic[T]):
+class Payload(Struct, Generic[T]):
     """
     A JSON object: its bytes as they came, and its typed value.
 
     The value is a view for reading. To change the document, encode another from `fields()`.
     """
 
-    __slots__ = ("value", "wire")
-
-    def __init__(self, value: T, wire: bytes) -> None:
-        self.value = value
-        self.wire = wire
+    value: T
+    wire: bytes
 
     @classmethod
     def encode(cls, value: T) -> "Payload[T]":
@@ -35,7 +35,7 @@ class Payload(Generic[T]):
         return _FIELDS.decode(self.wire)
 
 
-class Part(Generic[T]):
+class Part(Struct, Generic[T]):
     """
     A completion, or one chunk of a stream, in OpenAI's shape.
 
@@ -43,12 +43,9 @@ class Part(Generic[T]):
     cut short is billed rightly; it is never written to the client as such.
     """
 
-    __slots__ = ("usage", "value", "wire")
-
-    def __init__(self, value: T, wire: bytes, usage: Usage | None = None) -> None:
-        self.value = value
-        self.wire = wire
-        self.usage = usage
+    value: T
+    wire: bytes
+    usage: Usage | None = None
 
     @classmethod
     def encode(cls, value: T, usage: Usage | None = None) -> "Part[T]":

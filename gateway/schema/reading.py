@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,10 +33,25 @@ EXTENSION_FIELDS = frozenset(
 )
 """Parameters beyond OpenAI's that change an answer on some engine: never dropped without a word."""
 
-USER_DOCUMENTS = frozenset({"tools", "functions", "response_format", "metadata", "logit_bias", "tool_choice"})
+USER_DOCUMENTS = frozenset(
+    "tools functions response_format metadata logit_bias tool_choice guided_json structured_outputs".split()
+)
 """Members whose keys are the user's own (JSON schemas, ids), so that no name in them means anything to the gateway."""
 
-_OPERATOR_KEY = re.compile(rb'"(?:%s)"\s*:' % "|".join(sorted(OPERATOR_FIELDS)).encode())
+MAX_UNKNOWN = 100
+MAX_NAME = 64
+MAX_SAID = 300
+KINDS = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "a boolean",
+    "array": "an array",
+    "object": "an object",
+}
+
+_OPERATOR_KEY = re.compile(rb'"(?:%s)"\s*:|\\u00[567]' % "|".join(sorted(OPERATOR_FIELDS)).encode())
+"""Finds where there may be an operator field: also one that is spelled with escapes."""
 _KNOWN_ANYWHERE = frozenset[str]().union(*(endpoint.known for endpoint in ENDPOINTS))
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<kind>key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 
@@ -47,8 +63,7 @@ class _DuplicateKey(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKey(next(name for name in names if names.count(name) > 1))
+        raise _DuplicateKey(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return members
 
 
@@ -86,10 +101,14 @@ def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str
 
 def judge_unknown(names: Iterable[str], supported: frozenset[str]) -> list[str]:
     """
-    Those of *names* that are taken and ignored, sorted; *supported* are extensions that some target honours.
+    Those of *names* that are taken and ignored, sorted, in characters that a header may have.
 
-    Raises InvalidRequest for a parameter that would change the answer, and for a near miss of a known one.
+    *supported* are extensions that some target honours. Raises InvalidRequest for a parameter that would change the
+    answer, for a near miss of a known one, and for more unknown ones than anybody means.
     """
+    names = set(names)
+    if len(names) > MAX_UNKNOWN:
+        raise InvalidRequest(f"{len(names)} unknown parameters are too many.", code="unknown_parameter")
     ignored = []
     for name in sorted(names):
         if name in supported:
@@ -100,14 +119,14 @@ def judge_unknown(names: Iterable[str], supported: frozenset[str]) -> list[str]:
             )
         if name in _KNOWN_ANYWHERE:
             raise InvalidRequest(f"'{name}' is not a parameter of this endpoint.", param=name, code="unknown_parameter")
-        near = difflib.get_close_matches(name.lower(), _KNOWN_ANYWHERE | EXTENSION_FIELDS, n=1, cutoff=0.85)
+        near = difflib.get_close_matches(name[:MAX_NAME].lower(), _KNOWN_ANYWHERE | EXTENSION_FIELDS, n=1, cutoff=0.85)
         if near:
             raise InvalidRequest(
-                f"Unknown parameter: '{name[:100]}'. Did you mean '{near[0]}'?",
-                param=name[:100],
+                f"Unknown parameter: '{name[:MAX_NAME]}'. Did you mean '{near[0]}'?",
+                param=name[:MAX_NAME],
                 code="unknown_parameter",
             )
-        ignored.append(name)
+        ignored.append(re.sub(r"[^\w.$/-]", "?", name[:MAX_NAME], flags=re.ASCII))
     return ignored
 
 
@@ -150,7 +169,7 @@ def explain(fault: str) -> InvalidRequest:
     """OpenAI's error for one of msgspec's sentences, such as "Expected `int` >= 1 - at `$.n`"."""
     match = _AT.match(fault)
     assert match is not None
-    what, path = match["what"], match["path"] or None
+    what, path = match["what"], (match["path"] or "").replace("[...]", "") or None
     if missing := re.match(r"Object missing required field `(.*)`", what):
         param = f"{path}.{missing[1]}" if path else missing[1]
         if param == "model":
@@ -158,8 +177,15 @@ def explain(fault: str) -> InvalidRequest:
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if path is None:
         return InvalidRequest("The JSON body must be an object.", code="invalid_type")
-    said = what.replace("`", "").replace(" | null", "")
-    return InvalidRequest(f"Invalid value for '{path}': {said[:1].lower()}{said[1:]}.", param=path, code=_code(what))
+    code = _code(what)
+    said = re.sub(r"`([a-z |]+)`", _in_words, what).replace(", got", ", but got")[:MAX_SAID]
+    fault = "type" if code == "invalid_type" else "value"
+    return InvalidRequest(f"Invalid {fault} for '{path}': {said[:1].lower()}{said[1:]}.", param=path, code=code)
+
+
+def _in_words(kinds: re.Match[str]) -> str:
+    names = kinds[1].split(" | ")
+    return " or ".join(KINDS.get(name, name) for name in names if name != "null" or len(names) == 1)
 
 
 def _code(what: str) -> str:

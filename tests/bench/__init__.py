@@ -1,0 +1,1 @@
+"""What does a request cost here, and next to others? See `run.py`."""
