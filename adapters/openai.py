@@ -58,7 +58,8 @@ class Adapter(HTTPAdapter):
 
 def _part(decoder: msgspec.json.Decoder[Any], document: bytes) -> Part[Any]:
     """Raises the error that *document* is, where it is one: servers send them with status 200 and within streams."""
-    document.decode()  # nobody reads all of it here, but the client will
+    if not document.isascii():
+        document.decode()  # nobody reads all of it here, but the client will
     try:
         value = decoder.decode(document)
     except msgspec.ValidationError:

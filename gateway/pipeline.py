@@ -19,17 +19,14 @@ class Pipeline:
         self._models = models
         self._upstreams = settings.upstreams
 
-    async def answer(self, call: Call) -> AsyncGenerator[Parts]:
+    def answer(self, call: Call) -> AsyncGenerator[Parts]:
         """
         Answer a call, part by part.
 
         A GatewayError raised before the first part can still become an HTTP status; after it, the answer has begun and
         the error can only end it.
         """
-        targets = self._resolve(call)
-        async with aclosing(finished(call, self._first_to_answer(call, targets))) as parts:
-            async for arrived in parts:
-                yield arrived
+        return finished(call, self._first_to_answer(call))
 
     def _resolve(self, call: Call) -> list[Target]:
         """What can answer this; raises ModelNotFound or InvalidRequest, at no cost to anyone."""
@@ -41,8 +38,9 @@ class Pipeline:
                 call.headers["x-suiron-ignored"] = ", ".join(ignored[:10]).encode("ascii", "replace").decode()[:500]
         return targets
 
-    async def _first_to_answer(self, call: Call, targets: list[Target]) -> AsyncGenerator[Parts]:
+    async def _first_to_answer(self, call: Call) -> AsyncGenerator[Parts]:
         """The first target to yield a part is committed to; until then, a failing one makes way for the next."""
+        targets = self._resolve(call)
         for target in targets:
             call.target = target.label
             call.attempts += 1

@@ -65,17 +65,19 @@ def _texts(given: Any) -> int:
 
 def whole(call: Call, part: Part[Any]) -> Part[Any]:
     """A completion with every member OpenAI requires and no null that its schema forbids."""
-    members = {name: raw for name, raw in _MEMBERS.decode(part.wire).items() if raw != NULL}
+    members: dict[str, Any] = {name: raw for name, raw in _MEMBERS.decode(part.wire).items() if raw != NULL}
     usage = _tidy_usage(members.pop("usage", None), part.usage)
-    minted: dict[str, Any] = {"object": call.endpoint.object, "model": call.request.value.model}
+    members["object"] = call.endpoint.object
+    members["model"] = call.request.value.model
     if call.endpoint.streams:
-        minted |= {"id": call.endpoint.id_prefix + call.id, "created": call.created}
-        minted |= {"choices": _whole_choices(call, part.value.choices, members["choices"])}
+        members["id"] = call.endpoint.id_prefix + call.id
+        members["created"] = call.created
+        members["choices"] = _whole_choices(call, part.value.choices, members["choices"])
     else:
-        minted |= {"data": _whole_data(call, part.value.data, members["data"])}
+        members["data"] = _whole_data(call, part.value.data, members["data"])
     if usage is not None:
-        minted |= {"usage": usage}
-    return Part(part.value, _encode({**members, **minted}), part.usage)
+        members["usage"] = usage
+    return Part(part.value, _encode(members), part.usage)
 
 
 def _whole_choices(call: Call, choices: Any, raw: Raw) -> Any:
@@ -238,7 +240,7 @@ class Chunks:
             choices.append(self._choice(index, choice.finish_reason or None, raw))
         if choices:
             sent = _encode({**self._minted, **rest, "choices": choices})
-            if goes_on and part.usage is None:
+            if goes_on and (raw_usage is None or raw_usage == NULL):
                 self._seam = _seam(part.wire, sent)
             part.wire = sent
             yield part

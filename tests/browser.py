@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -79,25 +79,22 @@ class Browser:
 @asynccontextmanager
 async def browsing(profile: Path) -> AsyncIterator[Browser]:
     """A fresh Chromium that can reach this machine only."""
-    driver = await asyncio.create_subprocess_exec(
-        "chromedriver",
-        "--port=0",
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "HOME": str(profile)},
-    )
+    said = profile / "chromedriver.log"
+    with said.open("wb") as log:  # no pipe: Chromium's processes would hold it open
+        driver = await asyncio.create_subprocess_exec("chromedriver", "--port=0", stdout=log, stderr=log)
     try:
-        assert driver.stdout is not None
         async with asyncio.timeout(PATIENCE_S):
-            while b"successfully on port" not in (line := await driver.stdout.readline()):
-                assert line, "chromedriver ended"
-        port = int(line.rsplit(b" ", 1)[1].strip(b".\n"))
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}/", timeout=PATIENCE_S * 2) as http:
-            opened = (await http.post("session", json={"capabilities": {"alwaysMatch": _capabilities(profile)}})).json()
-            assert "sessionId" in opened["value"], opened["value"]
-            http.base_url = httpx2.URL(f"http://127.0.0.1:{port}/session/{opened['value']['sessionId']}/")
+            while not (port := re.search(r"successfully on port (\d+)", said.read_text())):
+                await asyncio.sleep(0.01)
+                assert driver.returncode is None, said.read_text()
+        url = f"http://127.0.0.1:{port[1]}/session"
+        async with httpx2.AsyncClient(timeout=PATIENCE_S * 2) as http:
+            opened = (await http.post(url, json={"capabilities": {"alwaysMatch": _capabilities(profile)}})).json()
+            http.base_url = httpx2.URL(f"{url}/{opened['value']['sessionId']}/")
             try:
-                yield Browser(http)
+                browser = Browser(http)
+                await browser.open("about:blank")  # instead of Chromium's own first page, which loads much
+                yield browser
             finally:
                 await http.delete("")
     finally:
@@ -110,5 +107,5 @@ def _capabilities(profile: Path) -> dict[str, Any]:
     return {
         "timeouts": {"script": PATIENCE_S * 1000},
         "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-        "goog:chromeOptions": {"args": [*FLAGS, only_here, f"--user-data-dir={profile}"]},
+        "goog:chromeOptions": {"args": [*FLAGS, only_here, f"--user-data-dir={profile / 'profile'}"]},
     }

@@ -1,40 +1,32 @@
 """What do the endpoints that generate take and give: chat completions, completions, embeddings?"""
 
-from typing import Any
-
-from litestar import Request, post
-from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp
+from litestar import asgi
+from litestar.handlers import ASGIRouteHandler
+from litestar.types import Receive, Scope, Send
 
 from gateway.api.answer import Answer
 from gateway.api.body import read_body
 from gateway.auth import Keyring
 from gateway.call import Call
+from gateway.errors import MethodNotAllowed
 from gateway.pipeline import Pipeline
-from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, Endpoint
+from gateway.schema.endpoint import ENDPOINTS, Endpoint
 from gateway.schema.reading import read_request
 from gateway.settings import Server
 
-AnyRequest = Request[Any, Any, Any]
 
+def generation_routes(keyring: Keyring, pipeline: Pipeline, server: Server) -> list[ASGIRouteHandler]:
+    """ASGI handlers, since they read and answer by themselves: Litestar's requests would cost and add nothing."""
 
-def generation_routes(keyring: Keyring, pipeline: Pipeline, server: Server) -> list[HTTPRouteHandler]:
-    async def answer(request: AnyRequest, endpoint: Endpoint) -> ASGIApp:
-        principal = keyring.authenticate(request.scope["headers"])
-        payload, unknown = read_request(endpoint, await read_body(request.scope, request.receive, server))
-        call = Call(endpoint, principal, payload, unknown)
-        return Answer(call, pipeline.answer(call), server)
+    def route(endpoint: Endpoint) -> ASGIRouteHandler:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["method"] != "POST":  # type: ignore[typeddict-item]
+                raise MethodNotAllowed("Only POST is allowed here.", headers={"allow": "POST"})
+            principal = keyring.authenticate(scope["headers"])
+            payload, unknown = read_request(endpoint, await read_body(scope, receive, server))
+            call = Call(endpoint, principal, payload, unknown)
+            await Answer(call, pipeline.answer(call), server)(scope, receive, send)
 
-    @post("/v1/chat/completions", status_code=200)
-    async def create_chat_completion(request: AnyRequest) -> ASGIApp:
-        return await answer(request, CHAT)
+        return asgi(f"/v1/{endpoint.path}", copy_scope=False)(answer)
 
-    @post("/v1/completions", status_code=200)
-    async def create_completion(request: AnyRequest) -> ASGIApp:
-        return await answer(request, COMPLETIONS)
-
-    @post("/v1/embeddings", status_code=200)
-    async def create_embeddings(request: AnyRequest) -> ASGIApp:
-        return await answer(request, EMBEDDINGS)
-
-    return [create_chat_completion, create_completion, create_embeddings]
+    return [route(endpoint) for endpoint in ENDPOINTS]
