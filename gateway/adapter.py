@@ -47,7 +47,7 @@ class Dispatch(Struct, frozen=True, gc=False):
     """
     What an adapter is told beside the request.
 
-    `model` is the upstream's name for it, `tenant` a hash; `deadline` is on the event loop's clock.
+    `model` is the upstream's name for it, `tenant` a hash; `deadline` is on `time.monotonic`, the event loop's clock.
     """
 
     model: str
@@ -323,11 +323,11 @@ class Patience:
     """
 
     def __init__(self, deadline: float) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._interrupt = Interrupt()
+        self._loop = self._interrupt.loop
         self._deadline = deadline
         self._until: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._interrupt = Interrupt()
 
     def allow(self, seconds: float) -> None:
         self._until = until = min(self._loop.time() + seconds, self._deadline)

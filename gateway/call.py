@@ -1,6 +1,6 @@
 """What is known about one request on its way through the gateway?"""
 
-import secrets
+import random
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ class Call:
     request: Payload[Any]
     unknown: set[str]
     """Top-level members that OpenAI does not know."""
-    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    id: str = field(default_factory=lambda: f"{random.getrandbits(128):032x}")  # names, and guards nothing
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.perf_counter)
 

@@ -1,6 +1,6 @@
 """What happens to a request, in order?"""
 
-import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -73,6 +73,6 @@ class Pipeline:
             request_id=call.id,
             attempt=call.attempts,
             tenant=call.principal.tenant,
-            deadline=asyncio.get_running_loop().time() + timeouts.total_s,
+            deadline=time.monotonic() + timeouts.total_s,
             timeouts=timeouts,
         )

@@ -33,13 +33,13 @@ class Hangup:
     Watching costs a task, so it begins after a moment, which most answers do not take.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, interrupt: Interrupt) -> None:
         self._receive = receive
-        self._interrupt = Interrupt()
+        self._interrupt = interrupt
         self._watch: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._begin)
+        self._timer = self._interrupt.loop.call_later(WATCH_AFTER_S, self._begin)
 
     def _begin(self) -> None:
         self._watch = asyncio.ensure_future(self._wait())
@@ -47,28 +47,29 @@ class Hangup:
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._interrupt.ring()
+        self._interrupt.ring("hang-up")
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> bool:
         self._timer.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        return self._interrupt.caused(exc)
+        return self._interrupt.caused(exc, "hang-up")
 
 
 class Answer:
     """An ASGI application that answers one call: JSON, or an event stream if the call asks for one."""
 
-    def __init__(self, call: Call, parts: AsyncGenerator[Parts], server: Server) -> None:
+    def __init__(self, call: Call, parts: AsyncGenerator[Parts], server: Server, interrupt: Interrupt) -> None:
+        self.parts = parts
+        self.server = server
+        self.interrupt = interrupt
         self._call = call
-        self._parts = parts
-        self._server = server
         self._request_id = f"req_{call.id}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         streamed = self._call.endpoint.streams and self._call.request.value.stream
-        with Hangup(receive):
-            async with aclosing(self._parts):
+        with Hangup(receive, self.interrupt):
+            async with aclosing(self.parts):
                 if streamed:
                     await _Stream(self, send).run()
                     return
@@ -84,17 +85,9 @@ class Answer:
                     return
             await self.refuse(error, send)
 
-    @property
-    def parts(self) -> AsyncGenerator[Parts]:
-        return self._parts
-
-    @property
-    def server(self) -> Server:
-        return self._server
-
     async def whole(self) -> bytes:
-        arrived = await anext(self._parts)
-        await anext(self._parts, None)  # the pipeline ends behind its last part
+        arrived = await anext(self.parts)
+        await anext(self.parts, None)  # the pipeline ends behind its last part
         return bytes(arrived[0].wire)
 
     def start(self, headers: Headers) -> Any:
@@ -123,7 +116,7 @@ class _Stream:
     def __init__(self, answer: Answer, send: Send) -> None:
         self._answer = answer
         self._send = send
-        self._loop = asyncio.get_running_loop()
+        self._loop = answer.interrupt.loop
         self._begun = False
         self._spoke = self._loop.time()
         self._beat: asyncio.Task[None] | None = None

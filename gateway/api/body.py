@@ -11,17 +11,16 @@ from gateway.settings import Server
 CLOSE = {"connection": "close"}
 
 
-async def read_body(scope: Scope, receive: Receive, server: Server) -> bytes:
+async def read_body(scope: Scope, receive: Receive, server: Server, interrupt: Interrupt) -> bytes:
     """Raises BodyTooLarge, whether the length is declared or not; RequestTimeout; InvalidRequest for another type."""
     declared = _declared(scope)
     if declared > server.max_body_bytes:
         raise _too_large(server)
-    interrupt = Interrupt()
-    timer = asyncio.get_running_loop().call_later(server.body_timeout_s, interrupt.ring)
+    timer = interrupt.loop.call_later(server.body_timeout_s, interrupt.ring, "slow body")
     try:
         return await _read(receive, server)
     except asyncio.CancelledError as exc:
-        if interrupt.caused(exc):
+        if interrupt.caused(exc, "slow body"):
             raise RequestTimeout("The request's body did not arrive in time.", headers=CLOSE) from None
         raise
     finally:

@@ -9,6 +9,7 @@ from gateway.api.body import read_body
 from gateway.auth import Keyring
 from gateway.call import Call
 from gateway.errors import MethodNotAllowed
+from gateway.interrupt import Interrupt
 from gateway.pipeline import Pipeline
 from gateway.schema.endpoint import ENDPOINTS, Endpoint
 from gateway.schema.reading import read_request
@@ -23,9 +24,10 @@ def generation_routes(keyring: Keyring, pipeline: Pipeline, server: Server) -> l
             if scope["method"] != "POST":  # type: ignore[typeddict-item]
                 raise MethodNotAllowed("Only POST is allowed here.", headers={"allow": "POST"})
             principal = keyring.authenticate(scope["headers"])
-            payload, unknown = read_request(endpoint, await read_body(scope, receive, server))
+            interrupt = Interrupt()
+            payload, unknown = read_request(endpoint, await read_body(scope, receive, server, interrupt))
             call = Call(endpoint, principal, payload, unknown)
-            await Answer(call, pipeline.answer(call), server)(scope, receive, send)
+            await Answer(call, pipeline.answer(call), server, interrupt)(scope, receive, send)
 
         return asgi(f"/v1/{endpoint.path}", copy_scope=False)(answer)
 
