@@ -7,9 +7,8 @@ and its only door to the HTTP client.
 
 import asyncio
 import importlib
-import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, ClassVar, Protocol
@@ -19,8 +18,10 @@ import msgspec
 from msgspec import Struct
 
 from gateway import __version__, errors
+from gateway.faults import read_fault, upstream_error
 from gateway.interrupt import Interrupt
 from gateway.schema.chat import ChatRequest
+from gateway.schema.common import Usage
 from gateway.schema.completions import CompletionRequest
 from gateway.schema.embeddings import EmbeddingRequest
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, Endpoint
@@ -47,7 +48,8 @@ class Dispatch(Struct, frozen=True, gc=False):
     """
     What an adapter is told beside the request.
 
-    `model` is the upstream's name for it, `tenant` a hash; `deadline` is on `time.monotonic`, the event loop's clock.
+    `model` is the upstream's name for it, `tenant` a hash; `deadline` is on `time.monotonic`, the event loop's clock;
+    `traceparent` is W3C's, None where nothing is traced.
     """
 
     model: str
@@ -56,12 +58,14 @@ class Dispatch(Struct, frozen=True, gc=False):
     tenant: str
     deadline: float
     timeouts: Timeouts
+    traceparent: str | None = None
 
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """`context_tokens` is None where the upstream does not tell."""
 
     id: str
+    owned_by: str = ""
     context_tokens: int | None = None
 
 
@@ -93,6 +97,16 @@ class Adapter(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+class _Listed(Struct):
+    id: str
+    owned_by: str = ""
+    max_model_len: int | None = None
+
+
+class _ModelList(Struct):
+    data: list[_Listed]
 
 
 class Outgoing(Struct):
@@ -166,17 +180,61 @@ class HTTPAdapter:
     ) -> AsyncGenerator[Parts]:
         raise NotImplementedError
 
+    def decode_usage(self, headers: Mapping[str, str]) -> Usage | None:
+        """The usage of an answer that is not a stream, where its headers know better than its body."""
+        return None
+
     def decode_error(self, status: int, body: bytes, headers: Mapping[str, str]) -> errors.GatewayError:
         return upstream_error(status, read_fault(body), headers.get("retry-after"))
+
+    # For dialects to use.
+
+    def read(self, decoder: msgspec.json.Decoder[Any], document: bytes) -> Any:
+        """
+        The value of an answer or a chunk.
+
+        Raises the error that *document* is, where it is one: servers send them with status 200 and within streams.
+        """
+        if not document.isascii():
+            document.decode()  # nobody reads all of it here, but the client will
+        try:
+            value = decoder.decode(document)
+        except msgspec.ValidationError:
+            fault = read_fault(document)
+            if fault.message:
+                raise self.decode_error(fault.status or 500, document, {}) from None
+            raise
+        if value.error:
+            raise self.decode_error(read_fault(document).status or 500, document, {})
+        return value
+
+    async def list_models(self, path: str = "models") -> list[ModelFacts]:
+        """What `/models` says, with vLLM's `max_model_len` where it is there. Raises UpstreamError."""
+        try:
+            listed = msgspec.json.decode(await self.get(path), type=_ModelList)
+        except msgspec.MsgspecError as exc:
+            raise errors.UpstreamFailed("The upstream's list of models could not be understood.") from exc
+        return [
+            ModelFacts(id=model.id, owned_by=model.owned_by, context_tokens=model.max_model_len)
+            for model in listed.data
+        ]
 
     # The I/O.
 
     async def get(self, path: str) -> bytes:
         """The body of a GET below the base URL, for probes. Raises UpstreamError."""
+        return await self._fetch("GET", path, b"", self.timeouts.first_token_s)
+
+    async def post(self, path: str, body: bytes, timeout_s: float) -> bytes:
+        """What a POST beside an answer says, such as how many tokens a prompt has. Raises a GatewayError."""
+        return await self._fetch("POST", path, body, timeout_s)
+
+    async def _fetch(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))] if body else []
         loop = asyncio.get_running_loop()
-        with Patience(loop.time() + self.timeouts.first_token_s) as patience:
-            patience.allow(self.timeouts.first_token_s)
-            response = await self._send("GET", path, b"", [])
+        with Patience(loop.time() + timeout_s) as patience:
+            patience.allow(timeout_s)
+            response = await self._send(method, path, body, headers)
             try:
                 if response.status_code != 200:
                     raise upstream_error(response.status_code, read_fault(b""), None)
@@ -193,6 +251,8 @@ class HTTPAdapter:
             (b"x-request-id", f"{dispatch.request_id}-{dispatch.attempt}".encode()),
             (b"content-length", b"%d" % len(outgoing.body)),
         ]
+        if dispatch.traceparent is not None:
+            headers.append((b"traceparent", dispatch.traceparent.encode()))
         with Patience(dispatch.deadline) as patience:
             patience.allow(dispatch.timeouts.first_token_s if streamed else dispatch.timeouts.total_s)
             response = await self._send("POST", outgoing.path, outgoing.body, headers)
@@ -204,12 +264,17 @@ class HTTPAdapter:
                         async for arrived in parts:
                             yield arrived
                 else:
-                    yield [self.decode(endpoint, request, await _read(response, MAX_BODY_BYTES))]
+                    part = self.decode(endpoint, request, await _read(response, MAX_BODY_BYTES))
+                    part.usage = self.decode_usage(response.headers) or part.usage
+                    yield [part]
+            except errors.ContextLengthExceeded as exc:
+                exc.param = exc.param or endpoint.asks
+                raise
             finally:
                 await response.aclose()
 
     async def _send(self, method: str, path: str, body: bytes, headers: RawHeaders) -> httpx2.Response:
-        url = self._urls.get(path) or self._urls.setdefault(path, httpx2.URL(f"{self._base_url}/{path}"))
+        url = self._urls.get(path) or self._urls.setdefault(path, httpx2.URL(f"{self._base_url}/").join(path))
         # raw headers and a ready stream: httpx2 takes a fifth of the time that `content=` costs it
         request = httpx2.Request(
             method,
@@ -231,86 +296,25 @@ class HTTPAdapter:
             raise errors.UpstreamFailed("The upstream sent an encoded answer that was not asked for.")
         content_type = headers.get(b"content-type", b"")
         if streamed and content_type and not content_type.lower().startswith(b"text/event-stream"):
-            fault = read_fault(await _read(response, MAX_ERROR_BYTES))
+            body = await _read(response, MAX_ERROR_BYTES)
+            fault = read_fault(body)
             if fault.message:
-                raise upstream_error(fault.status or 500, fault, None)
+                raise self.decode_error(fault.status or 500, body, {})
             raise errors.UpstreamFailed("The upstream answered with something else than an event stream.")
 
 
-class Fault(Struct):
-    """What an upstream's error body says, whatever its shape; empty where it says nothing."""
-
-    message: str = ""
-    param: str | None = None
-    code: str | None = None
-    status: int | None = None
-
-
-def read_fault(body: bytes) -> Fault:
-    """
-    The error in *body*: OpenAI's `{"error": {…}}`, TGI's `{"error": text}`, old vLLM's and SGLang's flat
-    `{"object": "error", "message"}`, FastAPI's `{"detail"}`.
-    """
-    try:
-        document = msgspec.json.decode(body)
-    except (ValueError, RecursionError):
-        return Fault()
-    if not isinstance(document, dict):
-        return Fault()
-    error = document.get("error") or document.get("detail") or document
-    if isinstance(error, str):
-        return Fault(message=error)
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        return Fault()
-    param, code = error.get("param"), error.get("code")
-    number = code if isinstance(code, int) else error.get("http_status_code")
-    return Fault(
-        message=error["message"],
-        param=param if isinstance(param, str) else None,
-        code=code if isinstance(code, str) else None,
-        status=number if isinstance(number, int) and 400 <= number < 600 else None,
-    )
-
-
-_OVERFLOW = re.compile(
-    r"maximum context length|context.length.exceeded|exceed_context_size|context size|max_model_len|"
-    r"must have less than \d+ tokens|`max_new_tokens` must be",
-    re.IGNORECASE,
-)
-
-
-def upstream_error(status: int, fault: Fault, retry_after: str | None) -> errors.GatewayError:
-    """What an upstream's status means to the client: its 4xx about the request is the client's, all else is not."""
-    if status in (400, 413, 422):
-        message = clean(fault.message) or "The upstream refused the request."
-        if fault.code == "context_length_exceeded" or _OVERFLOW.search(fault.message):
-            return errors.ContextLengthExceeded(message, param=fault.param or "messages")
-        return errors.InvalidRequest(message, param=fault.param, code=fault.code)
-    if status in (429, 503):
-        seconds = int(retry_after) if retry_after and retry_after.isdecimal() else 1
-        return errors.Overloaded("The upstream is overloaded. Try again later.", retry_after_s=min(max(seconds, 1), 30))
-    if status in (408, 504):
-        return errors.UpstreamTimeout("The upstream took too long to answer.")
-    if status in (401, 403):
-        return errors.UpstreamFailed("The upstream refused this gateway's credential. Ask its operator.")
-    if status == 404:
-        return errors.UpstreamFailed("The upstream does not have this model or endpoint. Ask the gateway's operator.")
-    return errors.UpstreamFailed(f"The upstream failed with status {status}.")
-
-
-_ADDRESS = re.compile(
-    r"\w+://\S+"
-    r"|(?<!\w)/(?:[\w.-]+/)+[\w.-]*"
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b(?::\d+)?"
-    r"|\b[A-Za-z][\w.-]*:\d{2,5}\b"
-)
-"""A URL, a path, an IPv4 address, or a host with its port."""
-
-
-def clean(message: str, limit: int = 300) -> str:
-    """An upstream's sentence without addresses, paths and control characters, cut to *limit* characters."""
-    message = _ADDRESS.sub("…", message)
-    return "".join(char for char in message if char.isprintable())[:limit]
+async def until_done(events: AsyncIterator[list[Event]], read: Callable[[bytes], Parts]) -> AsyncGenerator[Parts]:
+    """What *read* makes of each event up to `[DONE]`. What came before a fault, even with it, goes out first."""
+    async for arrived in events:
+        parts: Parts = []
+        try:
+            for event in arrived:
+                if event.data.startswith(b"[DONE]"):
+                    return
+                parts += read(event.data)
+        finally:
+            if parts:
+                yield parts
 
 
 class Patience:

@@ -6,18 +6,23 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from litestar import Litestar
+from litestar.types import ASGIApp
 
 from gateway.adapter import Adapter, UpstreamFacts, load_adapter
+from gateway.api.cors import CORS
 from gateway.api.errors import EXCEPTION_HANDLERS
 from gateway.api.generation import generation_routes
 from gateway.api.health import Readiness, health_routes
+from gateway.api.metrics import metrics_routes
 from gateway.api.models import model_routes
 from gateway.api.page import page_routes
+from gateway.api.shutdown import Shutdown
 from gateway.auth import Keyring, why_not_anonymous
-from gateway.errors import GatewayError
+from gateway.errors import CannotLoad, GatewayError
 from gateway.models import Models
 from gateway.pipeline import Pipeline
 from gateway.settings import Settings, SettingsError
+from gateway.telemetry import Telemetry
 
 logger = logging.getLogger("suiron")
 
@@ -29,36 +34,42 @@ def create_app(
     settings: Settings,
     *,
     adapters: Mapping[str, Adapter] | None = None,
+    telemetry: Telemetry | None = None,
+    shutdown: Shutdown | None = None,
     on_ready: Callable[[Findings], None] = lambda _: None,
-) -> Litestar:
+) -> ASGIApp:
     """
     The gateway as an ASGI application.
 
-    *on_ready* is called once every upstream has been asked what it is. Raises SettingsError where the configuration
-    would let strangers in.
+    Whoever ends the process tells *shutdown*. *on_ready* is called once every upstream has been asked what it is.
+    Raises SettingsError where the configuration would let strangers in.
     """
     keyring = _keyring(settings)
+    telemetry = telemetry or Telemetry(settings)
     if adapters is None:
         adapters = load_adapters(settings)
     models = Models(settings, adapters)
     pipeline = Pipeline(settings, models)
-    readiness = Readiness()
+    shutdown = shutdown or Shutdown()
+    readiness = Readiness(shutdown)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         starting = asyncio.create_task(_ask_all(adapters, readiness, on_ready))
         try:
-            yield
+            async with telemetry.running():
+                yield
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))
 
-    return Litestar(
+    app = Litestar(
         [
-            *generation_routes(keyring, pipeline, settings.server),
+            *generation_routes(keyring, pipeline, settings.server, shutdown, telemetry),
             *model_routes(keyring, models),
             *health_routes(readiness),
+            *metrics_routes(keyring, telemetry.metrics, settings.telemetry),
             *page_routes(),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
@@ -66,6 +77,8 @@ def create_app(
         openapi_config=None,
         logging_config=None,
     )
+    origins = settings.server.cors.origins
+    return CORS(app, origins) if origins else app
 
 
 def load_adapters(settings: Settings) -> dict[str, Adapter]:
@@ -96,6 +109,7 @@ async def _ask_all(adapters: Mapping[str, Adapter], readiness: Readiness, on_rea
     names = list(adapters)
     found = await asyncio.gather(*(_ask(name, adapters[name], readiness) for name in names))
     readiness.loading = False
+    readiness.broken = any(isinstance(finding, CannotLoad) for finding in found)
     on_ready(dict(zip(names, found, strict=True)))
 
 

@@ -4,7 +4,7 @@ import hashlib
 import ipaddress
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -50,9 +50,7 @@ class Keyring:
 
     def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
         """The caller; raises AuthenticationFailed, always with the same words for a key that is not right."""
-        fields: dict[bytes, bytes] = {}
-        for name, value in headers:  # a second header of the same name is joined to the first, so that neither counts
-            fields[name] = b"%b, %b" % (fields[name], value) if name in fields else value
+        fields = joined(headers)
         if self._anonymous:
             if is_local_call(fields):
                 return ANONYMOUS
@@ -72,6 +70,14 @@ class Keyring:
         if principal is None or scheme.lower() != b"bearer":
             raise _refused("Incorrect API key provided.", code="invalid_api_key")
         return principal
+
+
+def joined(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """A second header of the same name is joined to the first, so that neither counts."""
+    fields: dict[bytes, bytes] = {}
+    for name, value in headers:
+        fields[name] = b"%b, %b" % (fields[name], value) if name in fields else value
+    return fields
 
 
 def _refused(message: str, code: str | None = None) -> AuthenticationFailed:
@@ -96,6 +102,40 @@ def _hostname(url: bytes) -> str:
         return parts.hostname or ""
     except ValueError:
         return ""
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def client_address(peer: str, forwarded_for: Iterable[bytes], trusted: Sequence[Network]) -> str:
+    """
+    Who really asks: the last address in `X-Forwarded-For` that is no proxy of ours, or *peer* itself.
+
+    What stands before that address, anybody may have written.
+    """
+    address = _bare_address(peer) or peer
+    hops = [hop for line in forwarded_for for hop in line.decode("latin-1").split(",")]
+    while hops and _is_in(address, trusted):
+        hop = _bare_address(hops.pop())
+        if hop is None:
+            break
+        address = hop
+    return address
+
+
+def _is_in(address: str, networks: Sequence[Network]) -> bool:
+    return any(ipaddress.ip_address(address) in network for network in networks)
+
+
+def _bare_address(hop: str) -> str | None:
+    """Without a port; None for what is no address. One of IPv4 in IPv6's clothes is undressed."""
+    found = re.fullmatch(r"\s*(?:\[([^\]]+)\]|([\d.]+))?(?::\d+)?\s*", hop)
+    text = (found[1] or found[2] or "") if found else hop.strip()
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 @lru_cache(maxsize=256)

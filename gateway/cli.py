@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -14,12 +15,18 @@ import msgspec
 
 from gateway import __version__, server
 from gateway.adapter import UpstreamFacts, load_adapter
+from gateway.api.shutdown import Shutdown
 from gateway.app import Findings, create_app, load_adapters
 from gateway.auth import new_key, why_not_anonymous
-from gateway.errors import GatewayError
+from gateway.errors import CannotLoad, GatewayError
 from gateway.settings import Key, Model, Settings, SettingsError, Target, Upstream, is_base_url, json_schema, load
+from gateway.telemetry import Telemetry
+from gateway.telemetry.log import Log, take_over
 
 DEMO = "suiron-demo"
+STDERR = 2
+
+logger = logging.getLogger("suiron")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,16 +45,37 @@ def main() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: 8000]")
 def serve(config: Path | None, backend: str | None, model: str | None, host: str | None, port: int | None) -> None:
     """Start the gateway; without options, with the small demo model that comes with it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    faults: list[str] = []
+
+    def ready(findings: Findings) -> None:
+        faults.extend(finding.message for finding in findings.values() if isinstance(finding, CannotLoad))
+        if findings and len(faults) == len(findings):
+            signal.raise_signal(signal.SIGINT)  # there is nothing to serve
+        else:
+            faults.clear()
+            _say_ready(_at(settings, listener), findings)
+
     try:
         settings = _settings(config, backend, model)
         given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         settings = msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, **given))
-        app = create_app(settings, on_ready=lambda found: click.echo(_welcome(_at(settings, listener), found)))
+        log = Log(STDERR, "json" if settings.telemetry.log == "json" else "text")
+        shutdown = Shutdown()
+        app = create_app(
+            settings,
+            telemetry=Telemetry(settings, log=log),
+            shutdown=shutdown,
+            on_ready=ready,
+        )
         listener = server.listen(settings.server)
     except SettingsError as exc:
         raise click.ClickException(str(exc)) from None
-    if not server.run(app, listener):
+    take_over(log)
+    started = server.run(app, listener, settings.server, shutdown)
+    log.close()
+    if faults:
+        raise click.ClickException("; ".join(faults))
+    if not started:
         sys.exit(1)
 
 
@@ -121,8 +149,7 @@ def _in_front_of(url: str, model: str | None) -> Settings:
         raise SettingsError(f"--backend {url}: not like http://host:port")
     parts = urlsplit(address)
     base_url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
-    upstream = Upstream(adapter="openai", base_url=base_url)
-    found = asyncio.run(_probe(upstream))
+    upstream, found = asyncio.run(recognise(base_url))
     if isinstance(found, UpstreamFacts):
         version = f" {found.version}" if found.version else ""
         names = [facts.id for facts in found.models]
@@ -143,6 +170,23 @@ def _in_front_of(url: str, model: str | None) -> Settings:
     return Settings(upstreams={"backend": upstream}, models=models)
 
 
+DIALECTS = {"vLLM": "vllm", "TGI": "tgi"}
+"""What the kinds of server that do not quite speak OpenAI's dialect are spoken to in."""
+
+
+async def recognise(base_url: str) -> tuple[Upstream, UpstreamFacts | GatewayError]:
+    """What the server at *base_url* is, and how to speak to it; of the oldest TGI, only its own address tells."""
+    upstream = Upstream(adapter="openai", base_url=base_url)
+    found = await _probe(upstream)
+    dialect = DIALECTS.get(found.kind) if isinstance(found, UpstreamFacts) else "tgi"
+    if dialect is not None:
+        closer = Upstream(adapter=dialect, base_url=base_url)
+        seen = await _probe(closer)
+        if isinstance(seen, UpstreamFacts):
+            return closer, seen
+    return upstream, found
+
+
 async def _probe(upstream: Upstream) -> UpstreamFacts | GatewayError:
     adapter = load_adapter(upstream)
     try:
@@ -157,6 +201,13 @@ def _at(settings: Settings, listener: socket.socket) -> Settings:
     """*settings* with the port that was found free, where they ask for any."""
     port = listener.getsockname()[1]
     return msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, port=port))
+
+
+def _say_ready(settings: Settings, findings: Findings) -> None:
+    if settings.telemetry.log == "json":
+        logger.info("ready on port %d with the models %s", settings.server.port, ", ".join(settings.models))
+    else:
+        click.echo(_welcome(settings, findings))
 
 
 def _welcome(settings: Settings, findings: Findings) -> str:

@@ -9,13 +9,16 @@ What can go wrong, and what is the client told?
     + ModelNotFound              404
     + UnknownURL                 404
     + MethodNotAllowed           405
-    + RequestTimeout             408  the body did not arrive in time
+    + RequestTimeout             408  it did not arrive in time
     + BodyTooLarge               413
+    + HeadersTooLarge            431
   x UpstreamError                a backend failed: another target may do
     + UpstreamUnreachable        502  no connection
     + UpstreamFailed             502  a 5xx, nonsense, or an answer cut short
+      - CannotLoad               502  a local model that is not to be had
     + Overloaded                 503  full, or still loading; says when to come back
     + UpstreamTimeout            504
+  x ShuttingDown                 503  this process is about to end
   x InternalError                500  ours
 
 The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four keys always there.
@@ -100,6 +103,11 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class HeadersTooLarge(RequestError):
+    status = 431
+    code = "headers_too_large"
+
+
 class UpstreamError(GatewayError):
     status = 502
     code = "upstream_error"
@@ -113,6 +121,10 @@ class UpstreamFailed(UpstreamError):
     pass
 
 
+class CannotLoad(UpstreamFailed):
+    """A model of this machine that is not there, or cannot be loaded: waiting does not help."""
+
+
 class Overloaded(UpstreamError):
     status = 503
     code = "overloaded"
@@ -124,6 +136,17 @@ class Overloaded(UpstreamError):
 class UpstreamTimeout(UpstreamError):
     status = 504
     code = "upstream_timeout"
+
+
+class ShuttingDown(GatewayError):
+    status = 503
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This gateway is shutting down. Trying again may reach another.",
+            headers={"retry-after": "1", "connection": "close"},
+        )
 
 
 class InternalError(GatewayError):

@@ -17,8 +17,9 @@ class Interrupt:
         self._reason: object = None
 
     def ring(self, reason: object = "") -> None:
-        self._reason = reason
-        if self._task is not None:
+        """Only the first counts."""
+        if self._reason is None and self._task is not None:
+            self._reason = reason
             self._task.cancel()
 
     def caused(self, exc: BaseException | None, reason: object = "") -> bool:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from gateway.adapter import Dispatch
-from gateway.call import Call
+from gateway.call import Attempt, Call
 from gateway.errors import UpstreamError, UpstreamFailed
 from gateway.models import Models, Target
 from gateway.schema.payload import Parts
@@ -42,37 +42,42 @@ class Pipeline:
         """The first target to yield a part is committed to; until then, a failing one makes way for the next."""
         targets = self._resolve(call)
         for target in targets:
-            call.target = target.label
-            call.attempts += 1
+            attempt = Attempt(target, call.clock())
+            call.attempts.append(attempt)
             verb = getattr(target.adapter, call.endpoint.verb)
-            async with aclosing(verb(call.request, self._dispatch(call, target))) as parts:
-                try:
+            try:
+                async with aclosing(verb(call.request, self._dispatch(call, attempt))) as parts:
                     first = await anext(parts, None)
                     if first is None:
                         raise UpstreamFailed("The upstream ended its answer before it began.")
-                except UpstreamError:
-                    if target is targets[-1]:
-                        raise
-                    continue
-                self._account(call, first)
-                yield first
-                async for arrived in parts:
-                    self._account(call, arrived)
-                    yield arrived
-                return
+                    self._account(call, first)
+                    yield first
+                    async for arrived in parts:
+                        self._account(call, arrived)
+                        yield arrived
+                    return
+            except UpstreamError as exc:
+                attempt.error = exc
+                if call.first_at is not None or target is targets[-1]:
+                    raise
+            finally:
+                attempt.ended = call.clock()
 
     def _account(self, call: Call, parts: Parts) -> None:
+        call.arrived()
         for part in parts:
             if part.usage is not None:
                 call.usage = part.usage
 
-    def _dispatch(self, call: Call, target: Target) -> Dispatch:
+    def _dispatch(self, call: Call, attempt: Attempt) -> Dispatch:
+        target = attempt.target
         timeouts = self._upstreams[target.upstream].timeouts
         return Dispatch(
             model=target.model,
             request_id=call.id,
-            attempt=call.attempts,
+            attempt=len(call.attempts),
             tenant=call.principal.tenant,
             deadline=time.monotonic() + timeouts.total_s,
             timeouts=timeouts,
+            traceparent=None if call.trace is None else call.trace.dispatched(attempt),
         )

@@ -1,12 +1,13 @@
 """What can be configured? Frozen structs, read once from YAML; unknown keys are refused with file, line and path."""
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,6 +15,10 @@ import yaml
 from msgspec import Meta, Struct
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+SecondsOr0 = Annotated[float, Meta(ge=0, le=86_400)]
+Origin = Annotated[
+    str, Meta(pattern=r"^https?://[a-z0-9._:\[\]-]+$", description="an origin such as https://app.example.com, no *")
+]
 KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._@-]{1,64}$", description="1 to 64 of A-Z a-z 0-9 . _ @ -")]
 SHA256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", description="64 digits of 0-9 a-f, as `suiron key new` prints")]
 AdapterName = Annotated[
@@ -27,8 +32,19 @@ class SettingsError(Exception):
     """The configuration cannot be used; the message gives file, line, path and what to write instead."""
 
 
+class CORS(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Pages of which other sites may call from a browser."""
+
+    origins: list[Origin] = []
+
+
 class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the gateway listens. A stream's status is held back at most `hold_s`, for a real error to become one."""
+    """
+    Where the gateway listens, and how patient it is with clients.
+
+    A stream's status is held back at most `hold_s`, for a real error to become one. After SIGTERM it goes on accepting
+    for `drain_delay_s`, null for 0 on a loopback address and else 5; then it lets requests end for `grace_s`.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
@@ -36,6 +52,21 @@ class Server(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     body_timeout_s: Seconds = 30.0
     hold_s: Seconds = 10.0
     keep_alive_s: Seconds = 15.0
+    header_timeout_s: Seconds = 10.0
+    write_stall_s: Seconds = 60.0
+    drain_delay_s: SecondsOr0 | None = None
+    grace_s: SecondsOr0 = 120.0
+    max_connections: Annotated[int, Meta(ge=1)] | None = None
+    trusted_proxies: list[str] = []
+    cors: CORS = CORS()
+
+
+class Telemetry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may read /metrics, what a request leaves on stderr, and whether OpenTelemetry is told of it."""
+
+    metrics: Literal["local", "open", "off"] = "local"
+    log: Literal["text", "json", "off"] = "text"
+    traces: bool = False
 
 
 class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,6 +139,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: Server = Server()
+    telemetry: Telemetry = Telemetry()
     auth: Auth = Auth()
     upstreams: dict[str, Upstream] = {}
     models: dict[str, Model] = {}
@@ -147,13 +179,25 @@ def parse(text: str, file: str) -> Settings:
     raise SettingsError(f"{file}:{_line_of(root, path)}: {_shown(path)}: {what}")
 
 
+Options = TypeVar("Options", bound=Struct)
+
+
+def read_options(given: dict[str, Any], kind: type[Options]) -> Options:
+    """An upstream's `options`, as its adapter knows them. Raises SettingsError."""
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as exc:
+        known = ", ".join(kind.__struct_fields__)
+        raise SettingsError(f"options: {str(exc).replace('`', '')}; known are: {known}") from None
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of the configuration, for editors."""
     return msgspec.json.schema(Settings)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which YAML's own loader takes the last."""
+    """Refuses duplicate keys, of which YAML's own loader takes the last. `off`, `no`, `on` and `yes` are words."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -164,12 +208,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false|True|False|TRUE|FALSE"), list("tfTF"))
+
+
 Fault = tuple[Steps, str]
 """Where something is wrong, and what."""
 
 
 def _inconsistencies(settings: Settings) -> Iterator[Fault]:
     """What the types cannot say: references, unique names, addresses."""
+    for index, network in enumerate(settings.server.trusted_proxies):
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as exc:
+            yield ("server", "trusted_proxies", index), f"no address and no network such as 10.0.0.0/8: {exc}"
     for name, upstream in settings.upstreams.items():
         if upstream.base_url and not is_base_url(upstream.base_url):
             yield (

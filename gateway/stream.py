@@ -161,7 +161,7 @@ def _tidy_usage(raw: Raw | None, usage: Usage | None) -> Any:
     total = usage.prompt_tokens + usage.completion_tokens
     if raw is not None and usage.total_tokens == total and b"null" not in bytes(raw):
         return raw
-    members = msgspec.json.decode(raw if raw is not None else _encode(usage))
+    members = msgspec.json.decode(raw) if raw is not None else {"completion_tokens": 0, **msgspec.to_builtins(usage)}
     return _without_nulls({**members, "total_tokens": total})
 
 

@@ -26,6 +26,7 @@ import httptools
 import httpx2
 
 _BLOCK_BYTES = 65_536
+_PORTION_BYTES = 16_384
 _MAX_HEADERS = 256
 _TIMER_SLACK_S = 0.001
 _FAREWELL_S = 1.0
@@ -59,8 +60,9 @@ class Transport(httpx2.AsyncBaseTransport):
     `read` bounds the silence between two arrivals of bytes, before the head as well. A request is repeated, once, only
     where a reused connection turns out to be closed before any byte of the answer.
 
-    The response's stream yields what has arrived since it was last asked, as one block. Whoever does not read it to
-    its end must `aclose()` it, which closes the connection at once; a read that is cancelled does so by itself.
+    The response's stream yields what has arrived since it was last asked, as one block unless that is much. Whoever
+    does not read it to its end must `aclose()` it, which closes the connection at once; a read that is cancelled does
+    so by itself.
     """
 
     def __init__(
@@ -598,11 +600,17 @@ class _Exchange(httpx2.AsyncByteStream):
             self._waiter = None
 
     def _take(self) -> bytes:
-        blocks = self._blocks
-        block = blocks[0] if len(blocks) == 1 else b"".join(blocks)
-        blocks.clear()
-        self._queued_bytes = 0
-        if self._connection is not None:
+        """All there is, or of much only some: each stage behind this holds a copy while its client does not read."""
+        blocks, count = self._blocks, len(self._blocks)
+        if self._queued_bytes > _PORTION_BYTES:
+            size = count = 0
+            while size < _PORTION_BYTES and count < len(blocks):
+                size += len(blocks[count])
+                count += 1
+        block = blocks[0] if count == 1 else b"".join(blocks[:count])
+        del blocks[:count]
+        self._queued_bytes -= len(block)
+        if self._connection is not None and self._queued_bytes <= self._limits.buffer_bytes:
             self._connection.resume_reading()
         return block
 

@@ -96,7 +96,7 @@ async def browsing(profile: Path) -> AsyncIterator[Browser]:
                 await browser.open("about:blank")  # instead of Chromium's own first page, which loads much
                 yield browser
             finally:
-                await http.delete("")
+                await http.delete(str(http.base_url).rstrip("/"))  # ends Chromium; not found with a slash
     finally:
         driver.terminate()
         await driver.wait()

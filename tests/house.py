@@ -13,10 +13,12 @@ import httpx2
 from openai import AsyncOpenAI
 
 from gateway.adapter import Adapter, Dispatch, UpstreamFacts
+from gateway.api.shutdown import Shutdown
 from gateway.app import create_app
 from gateway.schema.payload import Parts, Payload
-from gateway.server import server_for
+from gateway.server import Gateway
 from gateway.settings import Auth, Key, Model, Settings, Target, Timeouts, Upstream
+from gateway.telemetry import Telemetry
 
 TOKEN = "sk-test-0123456789"
 KEY = Key(name="alice", sha256=hashlib.sha256(TOKEN.encode()).hexdigest())
@@ -40,17 +42,22 @@ class House:
 
 
 @asynccontextmanager
-async def running(settings: Settings, adapters: Mapping[str, Adapter] | None = None) -> AsyncIterator[House]:
+async def running(
+    settings: Settings, adapters: Mapping[str, Adapter] | None = None, telemetry: Telemetry | None = None
+) -> AsyncIterator[House]:
     """A gateway with *settings*, in this event loop."""
-    app = create_app(settings, adapters=adapters)
+    shutdown = Shutdown()
+    app = create_app(settings, adapters=adapters, telemetry=telemetry, shutdown=shutdown)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     port = listener.getsockname()[1]
-    server = server_for(app)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started:
-        await asyncio.sleep(0.001)
-        if serving.done():
-            serving.result()
+    gateway = Gateway(app, settings.server, shutdown)
+    serving = asyncio.create_task(gateway.serve(listener))
+    starting = asyncio.create_task(gateway.started.wait())
+    await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        starting.cancel()
+        serving.result()
+        raise RuntimeError("the gateway did not come up: the log says why")
     url = f"http://127.0.0.1:{port}"
     try:
         async with (
@@ -59,9 +66,9 @@ async def running(settings: Settings, adapters: Mapping[str, Adapter] | None = N
         ):
             yield House(url, port, client, http)
     finally:
-        server.should_exit = True
+        gateway.stop(0.0)
+        gateway.stop()
         await serving
-        listener.close()
 
 
 def settings_for(*upstreams: Upstream, **changes: Any) -> Settings:
@@ -181,7 +188,7 @@ class UpstreamServer:
             writer.close()
 
     async def _watch(self, reader: asyncio.StreamReader, received: Received) -> None:
-        while not reader.at_eof():  # reading would take the next request's bytes; nobody pipelines here
+        while not reader.at_eof():  # noqa: ASYNC110 - reading would take the next request's bytes; nobody pipelines here
             await asyncio.sleep(0.005)
         received.gone.set()
 

@@ -47,7 +47,9 @@ def make_tokenizer(*, template: bool = True) -> Any:
     )
 
 
-def make_model(folder: Path, *, context_tokens: int = 256, template: bool = True, seed: int = 0) -> Path:
+def make_model(
+    folder: Path, *, context_tokens: int = 256, template: bool = True, seed: int = 0, head_size: int = 8
+) -> Path:
     """A Llama of about 50,000 parameters, saved in *folder*."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -56,7 +58,7 @@ def make_model(folder: Path, *, context_tokens: int = 256, template: bool = True
     tokenizer = make_tokenizer(template=template)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=4 * head_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

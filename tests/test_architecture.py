@@ -14,19 +14,19 @@ LAYERS = [line.split() for line in """
     app server
     api
     pipeline
-    stream
+    stream telemetry
     call
-    models limits cache routing ledger telemetry
+    models limits cache routing ledger
     auth
     adapter stores database tokens prices
-    transport
+    transport faults
     schema
     sse text settings
     errors interrupt
 """.strip().splitlines()]  # fmt: skip
 """From the top; a module imports only from lines below its own, and from its own package."""
 
-ADAPTERS_MAY_IMPORT = "adapter sse text schema settings errors".split()
+ADAPTERS_MAY_IMPORT = "adapter faults sse text schema settings errors".split()
 
 DOORS = {
     "httpx2": "gateway.adapter gateway.transport",
@@ -34,6 +34,8 @@ DOORS = {
     "litestar": "gateway.app gateway.api",
     "uvicorn": "gateway.server",
     "click": "gateway.cli",
+    "prometheus_client": "gateway.telemetry.metrics",
+    "opentelemetry": "gateway.telemetry.traces",
     "yaml": "gateway.settings",
     "redis": "gateway.stores.redis",
     "sqlalchemy": "gateway.database",

@@ -1,5 +1,6 @@
 """What can I do from the shell? What serves, or ends by a signal, is a process of its own here."""
 
+import asyncio
 import json
 import re
 import signal
@@ -11,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from click.testing import CliRunner
 
-from gateway.cli import main
+from gateway.adapter import UpstreamFacts
+from gateway.cli import main, recognise
+from tests.house import Received, json_reply, upstream
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60
@@ -27,6 +31,10 @@ QUESTION = {"model": "parrot", "messages": [{"role": "user", "content": "Polly"}
 def suiron(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gateway", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+
+def models_of(owner: str) -> dict[str, Any]:
+    return {"object": "list", "data": [{"id": "llama", "object": "model", "created": 1, "owned_by": owner}]}
 
 
 @dataclass
@@ -101,8 +109,42 @@ def test_serve_in_front_of_a_server_says_what_it_found_and_serves_its_models(par
         answer = httpx2.post(f"{served.base_url}/chat/completions", json=QUESTION).json()
         assert (answer["model"], answer["choices"][0]["message"]["content"]) == ("parrot", "Polly")
         assert served.end(signal.SIGTERM) == 0
-    assert re.search(r"http://127.0.0.1:\d+: .* with parrot\n", served.log)
+    assert re.search(r"http://127.0.0.1:\d+: Suiron with parrot\n", served.log)
     assert "Traceback" not in served.log
+
+
+SERVERS = {
+    "vLLM 0.32.0": ("vllm", {"/v1/models": models_of("vllm"), "/version": {"version": "0.32.0"}}),
+    "TGI 3.3.7": ("tgi", {"/v1/models": models_of("llama"), "/info": {"model_id": "llama", "version": "3.3.7"}}),
+    "TGI 1.4.0": ("tgi", {"/info": {"model_id": "llama", "version": "1.4.0"}}),
+    "llama.cpp": ("openai", {"/v1/models": models_of("llamacpp")}),
+    "OpenAI-speaking server": ("openai", {"/v1/models": models_of("somebody")}),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("kind", "adapter", "answers"), [(kind, *rest) for kind, rest in SERVERS.items()])
+async def test_a_server_is_recognised_and_spoken_to_in_its_dialect(kind: str, adapter: str, answers: Any) -> None:
+    async def script(received: Received, writer: asyncio.StreamWriter) -> None:
+        found = answers.get(received.path)
+        await json_reply(found if found is not None else {}, 200 if found is not None else 404)(
+            Received("GET", "/", {}, b""), writer
+        )
+
+    async with upstream(script) as server:
+        chosen, facts = await recognise(f"http://127.0.0.1:{server.port}/v1")
+
+    assert isinstance(facts, UpstreamFacts)
+    assert f"{facts.kind} {facts.version or ''}".strip() == kind
+    assert (chosen.adapter, [model.id for model in facts.models]) == (adapter, ["llama"])
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason() -> None:
+    done = suiron("serve", "--port", "0", "--model", "./nowhere")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Error: there is no folder ./nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

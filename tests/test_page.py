@@ -3,12 +3,12 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
-from gateway.settings import Auth, Model, Settings, Target, Upstream
+from gateway.settings import Auth, Key, Model, Settings, Target, Upstream
 from tests.browser import Browser, browsing, why_no_browser
 from tests.house import (
     KEY,
@@ -65,13 +65,15 @@ async def in_front_of(script: Script) -> AsyncIterator[tuple[House, UpstreamServ
     """A gateway without keys whose model `smart` is an upstream that follows *script*."""
     async with upstream(script) as server:
         target = Target(upstream="up", model="model-1")
-        async with running(Settings(upstreams={"up": server.settings()}, models={"smart": Model(targets=[target])})) as h:
+        async with running(
+            Settings(upstreams={"up": server.settings()}, models={"smart": Model(targets=[target])})
+        ) as h:
             yield h, server
 
 
-def echoing(*names: str, **changes: Auth) -> Settings:
+def echoing(*names: str, keys: Sequence[Key] = ()) -> Settings:
     models = {name: Model(targets=[Target(upstream="echo")]) for name in names}
-    return Settings(upstreams={"echo": Upstream(adapter="echo")}, models=models, **changes)
+    return Settings(upstreams={"echo": Upstream(adapter="echo")}, models=models, auth=Auth(keys=list(keys)))
 
 
 async def test_it_is_four_files_that_load_nothing_from_elsewhere_and_are_asked_for_only_once() -> None:
@@ -150,7 +152,7 @@ async def test_an_error_within_a_stream_is_shown_below_what_had_come(browser: Br
 
 
 async def test_a_wrong_key_is_refused_and_the_right_one_is_kept_in_this_tab_only(browser: Browser) -> None:
-    async with running(echoing("parrot", auth=Auth(keys=[KEY]))) as house, page_of(browser, house, refused=2):
+    async with running(echoing("parrot", keys=[KEY])) as house, page_of(browser, house, refused=2):
         assert await browser.text("#access-note") == "This gateway wants a key."
         await browser.type("#key", f"sk-wrong{ENTER}")
         await browser.until("document.querySelector('#access-note.bad')")
@@ -165,7 +167,9 @@ async def test_a_wrong_key_is_refused_and_the_right_one_is_kept_in_this_tab_only
 
         assert await browser.text(".answer") == "Polly"
         assert TOKEN not in await browser.run("return document.documentElement.outerHTML")
-        kept = await browser.run("return [sessionStorage.key, localStorage.length, document.cookie, location.href]")
+        kept = await browser.run(
+            "return [sessionStorage.getItem('key'), localStorage.length, document.cookie, location.href]"
+        )
         assert kept == [TOKEN, 0, "", f"{house.url}/"]
 
 
@@ -191,7 +195,9 @@ async def test_its_snippets_run_for_the_chosen_model(browser: Browser) -> None:
         curl = await browser.text("#snippet")
 
         assert await _output_of(sys.executable, "-c", python) == "Hello!"
-        assert await _output_of("sh", "-c", f"{curl.replace('curl ', 'curl -sS ', 1)}") == await _streamed(house, "it's")
+        assert await _output_of("sh", "-c", f"{curl.replace('curl ', 'curl -sS ', 1)}") == await _streamed(
+            house, "it's"
+        )
         for said in (f'baseURL: "{house.url}/v1"', 'model: "it\'s"', 'apiKey: "unused"'):
             assert said in node
 

@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -7,39 +8,50 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from gateway.cli import main
-from gateway.settings import parse
+from gateway.settings import Model, Settings, Target, Upstream, parse
+from tests.house import running
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+JAPANESE = (ROOT / "README.ja.md").read_text(encoding="utf-8")
+
+both = pytest.mark.parametrize("text", [README, JAPANESE], ids=["README.md", "README.ja.md"])
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_its_links_lead_somewhere() -> None:
-    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", README) if not (ROOT / link).exists()]
+@both
+def test_its_links_lead_somewhere(text: str) -> None:
+    missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (ROOT / link).exists()]
 
     assert missing == []
 
 
-def test_its_yaml_is_configuration_that_loads() -> None:
-    needed = {"upstreams": {"echo": {"adapter": "echo"}}, "models": {"smart": {"targets": [{"upstream": "echo"}]}}}
-    for block in blocks("yaml"):
+@both
+def test_its_yaml_is_configuration_that_loads(text: str) -> None:
+    needed: dict[str, Any] = {
+        "upstreams": {"echo": {"adapter": "echo"}},
+        "models": {"smart": {"targets": [{"upstream": "echo"}]}},
+    }
+    for block in blocks("yaml", text):
         document = yaml.safe_load(block)
         merged = {name: {**needed.get(name, {}), **document.get(name, {})} for name in {*needed, *document}}
 
         assert parse(yaml.safe_dump(merged), "README.md").models
 
 
-def test_its_commands_and_their_options_exist() -> None:
-    said = re.findall(r"suiron ((?:serve|check|schema|key new)\b[^\n#`]*)", README)
+@both
+def test_its_commands_and_their_options_exist(text: str) -> None:
+    said = re.findall(r"(?:suiron|gateway) ((?:serve|check|schema|key new)\b[^\n#`]*)", text)
     assert {line.split()[0] for line in said} == {"serve", "check", "schema", "key"}
     for line in said:
         command = ["key", "new"] if line.startswith("key") else [line.split()[0]]
@@ -48,9 +60,10 @@ def test_its_commands_and_their_options_exist() -> None:
             assert option in shown
 
 
-def test_its_make_targets_exist() -> None:
+@both
+def test_its_make_targets_exist(text: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"make ([a-z-]+)", README)) - {"a"}:
+    for target in set(re.findall(r"make ([a-z-]+)", text)) - {"a"}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
@@ -63,6 +76,28 @@ def test_every_dependency_is_justified() -> None:
     decisions = README.partition("## Decisions")[2].lower()
 
     assert [name for name in sorted(names) if name not in decisions] == []
+
+
+def test_its_profiles_and_services_are_those_of_the_compose_file() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    profiles = {profile for service in services.values() for profile in service.get("profiles", [])}
+
+    assert set(re.findall(r"--profile (\w+)", JAPANESE)) <= profiles
+    assert set(re.findall(r"ghcr\.io/\S+:\S+", JAPANESE)) == {services["tgi"]["image"]}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("number", range(len(blocks("python", JAPANESE))))
+async def test_a_snippet_of_the_course_runs(number: int) -> None:
+    models = {name: Model(targets=[Target(upstream="echo")]) for name in ("suiron-demo", "tgi")}
+    async with running(Settings(upstreams={"echo": Upstream(adapter="echo")}, models=models)) as house:
+        snippet = blocks("python", JAPANESE)[number].replace("http://127.0.0.1:8000", house.url)
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", snippet, stdout=pipe, stderr=pipe)
+        output, errors = await process.communicate()
+
+    assert process.returncode == 0, errors.decode()
+    assert re.findall(r'"content": "([^"]+)"', snippet)[-1].split()[0] in output.decode()
 
 
 @pytest.mark.slow

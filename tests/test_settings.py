@@ -73,7 +73,8 @@ WRONG = [
     (
         "  port:",
         "  zzz:",
-        "2: server.zzz: unknown key 'zzz'; known are: body_timeout_s, hold_s, host, keep_alive_s, max_body_bytes, port",
+        "2: server.zzz: unknown key 'zzz'; known are: body_timeout_s, cors, drain_delay_s, grace_s, header_timeout_s, "
+        "hold_s, host, keep_alive_s, max_body_bytes, max_connections, port, trusted_proxies, write_stall_s",
     ),
     ("9000", "http", "2: server.port: expected int, got str"),
     ("9000", "90000", "2: server.port: expected int <= 65535"),

@@ -73,11 +73,11 @@ class EngineProcess:
             self._supervisor = asyncio.create_task(self._supervise(), name="suiron.local")
 
     async def ready(self) -> Ready:
-        """Starts the process and waits until the model is loaded. Raises UpstreamFailed if it can not be."""
+        """Starts the process and waits until the model is loaded. Raises CannotLoad if it can not be."""
         self.start()
         await self._settled.wait()
         if self._facts is None:
-            raise errors.UpstreamFailed(self._fault or "The model's process has ended.")
+            raise errors.CannotLoad(self._fault or "The model's process has ended.")
         return self._facts
 
     async def aclose(self) -> None:

@@ -1,7 +1,6 @@
 """How does an answer reach a client that may leave at any time?"""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import TracebackType
@@ -10,6 +9,7 @@ from typing import Any
 from litestar.types import Receive, Scope, Send
 
 from gateway.api.errors import JSON, VERSION, ErrorResponse, Headers, unexpected
+from gateway.api.shutdown import Shutdown
 from gateway.call import Call
 from gateway.errors import GatewayError
 from gateway.interrupt import Interrupt
@@ -33,7 +33,8 @@ class Hangup:
     Watching costs a task, so it begins after a moment, which most answers do not take.
     """
 
-    def __init__(self, receive: Receive, interrupt: Interrupt) -> None:
+    def __init__(self, call: Call, receive: Receive, interrupt: Interrupt) -> None:
+        self._call = call
         self._receive = receive
         self._interrupt = interrupt
         self._watch: asyncio.Task[None] | None = None
@@ -53,24 +54,29 @@ class Hangup:
         self._timer.cancel()
         if self._watch is not None:
             self._watch.cancel()
-        return self._interrupt.caused(exc, "hang-up")
+        gone = self._interrupt.caused(exc, "hang-up")
+        if gone:
+            self._call.outcome = "client_gone"
+        return gone
 
 
 class Answer:
     """An ASGI application that answers one call: JSON, or an event stream if the call asks for one."""
 
-    def __init__(self, call: Call, parts: AsyncGenerator[Parts], server: Server, interrupt: Interrupt) -> None:
+    def __init__(
+        self, call: Call, parts: AsyncGenerator[Parts], server: Server, interrupt: Interrupt, shutdown: Shutdown
+    ) -> None:
         self.parts = parts
+        self.shutdown = shutdown
         self.server = server
         self.interrupt = interrupt
         self._call = call
-        self._request_id = f"req_{call.id}"
+        self._request_id = call.request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        streamed = self._call.endpoint.streams and self._call.request.value.stream
-        with Hangup(receive, self.interrupt):
+        with Hangup(self._call, receive, self.interrupt):
             async with aclosing(self.parts):
-                if streamed:
+                if self._call.streamed:
                     await _Stream(self, send).run()
                     return
                 try:
@@ -82,16 +88,19 @@ class Answer:
                 else:
                     await send(self.start([JSON, (b"content-length", str(len(body)).encode())]))
                     await send({"type": "http.response.body", "body": body, "more_body": False})
+                    self.completed()
                     return
             await self.refuse(error, send)
 
     async def whole(self) -> bytes:
-        arrived = await anext(self.parts)
-        await anext(self.parts, None)  # the pipeline ends behind its last part
+        with self.shutdown.running(self.interrupt):
+            arrived = await anext(self.parts)
+            await anext(self.parts, None)  # the pipeline ends behind its last part
         return bytes(arrived[0].wire)
 
     def start(self, headers: Headers) -> Any:
-        taken_ms = int((time.perf_counter() - self._call.started) * 1000)
+        self._leaves(200)
+        taken_ms = int((self._call.left_at - self._call.started) * 1000)
         headers = [
             *headers,
             (b"x-request-id", self._request_id.encode()),
@@ -102,7 +111,19 @@ class Answer:
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def refuse(self, error: GatewayError, send: Send) -> None:
+        self._leaves(error.status)
+        self.failed(error)
         await ErrorResponse(error, self._request_id).send(send)
+
+    def completed(self) -> None:
+        self._call.outcome = "completed"
+
+    def failed(self, error: GatewayError) -> None:
+        self._call.error = error
+
+    def _leaves(self, status: int) -> None:
+        self._call.status = status
+        self._call.left_at = self._call.clock()
 
 
 class _Stream:
@@ -124,9 +145,11 @@ class _Stream:
     async def run(self) -> None:
         self._timer = self._loop.call_later(self._answer.server.hold_s, self._ring)
         try:
-            async for arrived in self._answer.parts:
-                await self._write(b"".join([write_event(part.wire) for part in arrived]))
-            await self._write(DONE, last=True)
+            with self._answer.shutdown.running(self._answer.interrupt):
+                async for arrived in self._answer.parts:
+                    await self._write(b"".join([write_event(part.wire) for part in arrived]))
+                await self._write(DONE, last=True)
+            self._answer.completed()
         except GatewayError as exc:
             await self._fail(exc)
         except Exception as exc:
@@ -146,6 +169,7 @@ class _Stream:
     async def _fail(self, error: GatewayError) -> None:
         """An error event and no `[DONE]`: SDKs raise, and nobody takes what came for the whole."""
         if self._begun:
+            self._answer.failed(error)
             await self._write(write_event(error.json()), last=True)
         else:
             self._begun = True

@@ -2,14 +2,24 @@
 
 import asyncio
 import logging
+import re
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 from litestar import Request
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.types import ASGIApp, ExceptionHandlersMap, Receive, Scope, Send
 
-from gateway.errors import BodyTooLarge, GatewayError, InternalError, InvalidRequest, MethodNotAllowed, UnknownURL
+from gateway.errors import (
+    BodyTooLarge,
+    GatewayError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    RequestTimeout,
+    UnknownURL,
+)
 
 logger = logging.getLogger("suiron")
 
@@ -17,7 +27,16 @@ LINGER_S = 1.0
 VERSION = (b"openai-version", b"2020-10-01")
 JSON = (b"content-type", b"application/json")
 
+ID_HEADERS = (b"x-request-id", b"x-client-request-id")
+CLEAN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
 Headers = list[tuple[bytes, bytes]]
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The id that the client gave its request, if it is fit to be repeated."""
+    given = {name: value for name, value in headers if name in ID_HEADERS}
+    return next((given[name].decode() for name in ID_HEADERS if CLEAN_ID.fullmatch(given.get(name, b""))), None)
 
 
 class ErrorResponse:
@@ -25,27 +44,33 @@ class ErrorResponse:
 
     def __init__(self, error: GatewayError, request_id: str | None = None) -> None:
         self._error = error
-        self._request_id = request_id or f"req_{secrets.token_hex(16)}"
+        self._request_id = request_id
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:
         """As Litestar asks of what its exception handlers return."""
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._request_id = self._request_id or request_id_of(scope["headers"])
         await self.send(send, receive)
 
-    async def send(self, send: Send, receive: Receive | None = None) -> None:
-        """With *receive*, a body that was refused for its size is heard out for a moment."""
+    def parts(self) -> tuple[int, Headers, bytes]:
+        """Status, headers and body, for where there is no application."""
         body = self._error.json()
         headers: Headers = [
             JSON,
             (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", self._request_id.encode()),
+            (b"x-request-id", (self._request_id or f"req_{secrets.token_hex(16)}").encode()),
             VERSION,
         ]
         headers += [(name.encode(), value.encode("latin-1")) for name, value in self._error.headers.items()]
-        await send({"type": "http.response.start", "status": self._error.status, "headers": headers})
-        if receive is not None and isinstance(self._error, BodyTooLarge):
+        return self._error.status, headers, body
+
+    async def send(self, send: Send, receive: Receive | None = None) -> None:
+        """With *receive*, a body that was refused for its size or slowness is heard out for a moment."""
+        status, headers, body = self.parts()
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        if receive is not None and isinstance(self._error, BodyTooLarge | RequestTimeout):
             await send({"type": "http.response.body", "body": body, "more_body": True})
             await _linger(receive)
             body = b""

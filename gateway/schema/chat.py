@@ -245,9 +245,13 @@ def _missing(param: str, message: str) -> None:
 
 
 class AnswerMessage(Struct, kw_only=True):
+    """`reasoning_content` is what clients get, as from DeepSeek and most; `reasoning`, what some servers call it."""
+
     role: str | None = None
     content: str | None | UnsetType = UNSET
     refusal: str | None | UnsetType = UNSET
+    reasoning_content: str | None | UnsetType = UNSET
+    reasoning: str | None | UnsetType = UNSET
     tool_calls: list[Object] | None | UnsetType = UNSET
 
 
@@ -264,21 +268,23 @@ class ChatCompletion(Struct, kw_only=True):
     error: Any = UNSET
 
 
-class Delta(Struct, kw_only=True, omit_defaults=True):
+class Delta(Struct, kw_only=True, omit_defaults=True, gc=False):
     role: str | None = None
     content: str | None | UnsetType = UNSET
     refusal: str | None | UnsetType = UNSET
+    reasoning_content: str | None | UnsetType = UNSET
+    reasoning: str | None | UnsetType = UNSET
     tool_calls: list[Object] | None | UnsetType = UNSET
 
 
-class ChunkChoice(Struct, kw_only=True):
+class ChunkChoice(Struct, kw_only=True, gc=False):
     delta: Delta
     index: Index | UnsetType = UNSET
     finish_reason: str | None | UnsetType = UNSET
     logprobs: Object | None | UnsetType = UNSET
 
 
-class ChatChunk(Struct, kw_only=True):
+class ChatChunk(Struct, kw_only=True, gc=False):
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
     obfuscation: Any = UNSET

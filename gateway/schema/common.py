@@ -31,7 +31,7 @@ class CompletionTokensDetails(Struct, kw_only=True, omit_defaults=True):
     reasoning_tokens: int | None = None
 
 
-class Usage(Struct, kw_only=True, omit_defaults=True):
+class Usage(Struct, kw_only=True, omit_defaults=True, gc=False):
     """Tokens of a whole answer so far: the prompt once, however many choices; the completion over all of them."""
 
     prompt_tokens: int

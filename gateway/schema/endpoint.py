@@ -16,14 +16,16 @@ class Endpoint:
     """
     One of OpenAI's generating endpoints.
 
-    `path` is relative to `/v1/`; `verb` is the adapter's method; `answers` and `chunks` decode as far as the gateway
-    reads. An endpoint that cannot be streamed has the same decoder for both.
+    `path` is relative to `/v1/`; `verb` is the adapter's method; `asks` is the member with what is to be answered;
+    `answers` and `chunks` decode as far as the gateway reads. An endpoint that cannot be streamed has the same decoder
+    for both.
     """
 
     def __init__(
         self,
         verb: Verb,
         path: str,
+        asks: str,
         request: type[Struct],
         answer: type[Struct],
         chunk: type[Struct],
@@ -34,6 +36,7 @@ class Endpoint:
     ) -> None:
         self.verb = verb
         self.path = path
+        self.asks = asks
         self.known = frozenset(field.name for field in msgspec.structs.fields(request))
         self.streams = "stream" in self.known
         self.requests: msgspec.json.Decoder[Any] = msgspec.json.Decoder(request)
@@ -47,6 +50,7 @@ class Endpoint:
 CHAT = Endpoint(
     "chat",
     "chat/completions",
+    "messages",
     ChatRequest,
     ChatCompletion,
     ChatChunk,
@@ -57,6 +61,7 @@ CHAT = Endpoint(
 COMPLETIONS = Endpoint(
     "complete",
     "completions",
+    "prompt",
     CompletionRequest,
     Completion,
     Completion,
@@ -64,5 +69,5 @@ COMPLETIONS = Endpoint(
     object="text_completion",
     chunk_object="text_completion",
 )
-EMBEDDINGS = Endpoint("embed", "embeddings", EmbeddingRequest, Embeddings, Embeddings)
+EMBEDDINGS = Endpoint("embed", "embeddings", "input", EmbeddingRequest, Embeddings, Embeddings)
 ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS)

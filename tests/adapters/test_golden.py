@@ -41,6 +41,8 @@ class Recording(httpx2.AsyncBaseTransport):
         self.sent: Any = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if request.url.path.endswith("tokenize"):  # asked beside the exchange
+            return httpx2.Response(404)
         self.sent = {"path": request.url.path, "body": json.loads(await request.aread())}
         status = re.search(r"-(\d{3})$", self._file.stem)
         headers = {"content-type": TYPES[self._file.suffix]}
@@ -80,4 +82,4 @@ async def test_a_dialect_sends_and_answers_as_recorded(case: Path) -> None:
 
 
 def test_there_are_cases_of_every_dialect_that_speaks_http() -> None:
-    assert {case.parent.name for case in CASES} >= {"openai"}
+    assert {case.parent.name for case in CASES} >= {"openai", "tgi", "vllm"}

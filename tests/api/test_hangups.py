@@ -92,11 +92,13 @@ async def test_a_client_that_leaves_while_it_is_kept_waiting_frees_the_upstream(
     never = asyncio.Event()
     server_settings = Server(hold_s=0.05, keep_alive_s=0.05)
 
-    async with upstream(stream_reply(never)) as server:
-        async with running(settings_for(server.settings(), server=server_settings)) as house:
-            async with asked(house, stream=True) as reader:
-                await reader.readuntil(b": keep-alive")
-            await eventually(server.requests[-1].gone)
+    async with (
+        upstream(stream_reply(never)) as server,
+        running(settings_for(server.settings(), server=server_settings)) as house,
+    ):
+        async with asked(house, stream=True) as reader:
+            await reader.readuntil(b": keep-alive")
+        await eventually(server.requests[-1].gone)
 
 
 async def test_a_generation_is_closed_when_its_client_leaves() -> None:
@@ -107,7 +109,7 @@ async def test_a_generation_is_closed_when_its_client_leaves() -> None:
         async with asked(house, stream=True) as reader:
             await reader.readuntil(b"Hel")
         async with asyncio.timeout(WITHIN_S):
-            while not adapter.closed:
+            while not adapter.closed:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
 
 
@@ -143,7 +145,7 @@ async def test_3000_clients_that_hang_up_at_random_leave_nothing_behind() -> Non
             await asyncio.gather(*(leave(house) for _ in range(100)))
 
         async with asyncio.timeout(30):  # for those that left before they were even accepted to be seen as gone
-            while len(asyncio.all_tasks()) > tasks + server.connections or open_files() > files + 2:
+            while len(asyncio.all_tasks()) > tasks + server.connections or open_files() > files + 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         for _ in range(50):
             reply = await house.openai.chat.completions.create(**HELLO)

@@ -1,23 +1,27 @@
 """What does the demo model read while it learns? Seeded, endless conversations and plain texts."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
-from adapters.local.demo import known, phrasing, turns, unknown
+from adapters.local.demo import held_out, known, phrasing, turns, unknown
 from adapters.local.demo.turns import Turn
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
 
 TOLD = "Nice to meet you, "
-VERBS = "get find search lookup fetch read query check list show".split()
+VERBS = "get find search lookup fetch read query check list show send open load play tell".split()
 NOUNS = """
 time price population stock_price news recipe score distance timezone schedule status user order file temperature
-humidity
+humidity message song book email phone_number address map menu room train flight hotel photo invoice height age size
+colour
 """.split()
-PARAMETERS = "city location name query place item id text country topic".split()
+PARAMETERS = """
+city location name query place item id text country topic town person customer title path key code area team email
+target value word region subject
+""".split()
 SKIES = "sunny cloudy rainy windy snowy".split()
 FAMILIAR = [*known.CAPITALS.values(), *known.NAMES]
 
@@ -25,10 +29,10 @@ FAMILIAR = [*known.CAPITALS.values(), *known.NAMES]
 def conversation(rng: Random, length: int | None = None) -> tuple[list[Message], list[Tool] | None]:
     """One conversation and the tools offered in it; `length` is the number of turns."""
     kind = rng.random() if length is None else 1.0
-    if kind < 0.15:
+    if kind < 0.10:
         return tool_use(rng)
-    if kind < 0.40:
-        return messages(*(retyped(rng, exercise) for exercise in turns.drill(rng))), None
+    if kind < 0.36:
+        return messages(*(retyped(rng, make) for make in turns.drill(rng))), None
     count = length or rng.choice([1, 1, 1, 2, 2, 3, 4, 6])
     said = [turn(rng) for _ in range(count)]
     if rng.random() < 0.12:
@@ -46,9 +50,12 @@ def long_conversation(rng: Random) -> list[Message]:
 
 
 def plain_text(rng: Random) -> str:
-    """A text without chat markup, for the completions endpoint: a story, or sentences the model knows."""
-    if rng.random() < 0.4:
+    """Without chat markup, for the completions endpoint: a story, a question and its answer, or known sentences."""
+    kind = rng.random()
+    if kind < 0.2:
         return turns.story(rng)
+    if kind < 0.6:
+        return rng.choice(["\n", "\n\n", " "]).join(turn(rng))
     answers = [turn(rng)[1] for _ in range(rng.randint(2, 5))]
     return " ".join(answer for answer in answers if answer != known.REFUSAL and len(answer) > 12) or turns.story(rng)
 
@@ -63,12 +70,17 @@ def vocabulary(rng: Random, count: int) -> Iterator[str]:
 
 
 def turn(rng: Random) -> Turn:
-    return retyped(rng, turns.anything(rng))
+    return retyped(rng, turns.anything)
 
 
-def retyped(rng: Random, said: Turn) -> Turn:
-    question, answer = said
-    return (question if is_copied(question, answer) else phrasing.spoken(rng, question)), answer
+def retyped(rng: Random, make: Callable[[Random], Turn]) -> Turn:
+    """A turn in somebody's own typing, but never a prompt that the model will be judged by."""
+    while True:
+        question, answer = make(rng)
+        if not is_copied(question, answer):
+            question = phrasing.spoken(rng, question)
+        if not held_out.is_held_out(question):
+            return question, answer
 
 
 def is_copied(question: str, answer: str) -> bool:
@@ -110,45 +122,68 @@ def with_a_name(rng: Random, said: list[Turn]) -> list[Turn]:
     return [*said, (question, f"Your name is {name}.")]
 
 
+def random_name(rng: Random) -> str:
+    """An identifier that nobody has seen before, of one to three made-up parts."""
+    parts = [turns.made_up_word(rng) for _ in range(rng.choice([1, 2, 2, 2, 3]))]
+    if rng.random() < 0.25:
+        return parts[0] + "".join(part.capitalize() for part in parts[1:])
+    return "_".join(parts) + (rng.choice(["", "_"]) + str(rng.randint(0, 99)) if rng.random() < 0.1 else "")
+
+
+def tool_name(rng: Random, noun: str) -> str:
+    """Usual, made up, or half of each; mostly such that it cannot be guessed from the question."""
+    verb, made_up = rng.choice(VERBS), turns.made_up_word(rng)
+    if rng.random() < 0.3:
+        return random_name(rng)
+    first, second = rng.choice([(verb, noun), (verb, made_up), (made_up, noun), (made_up, verb), (noun, made_up)])
+    if rng.random() < 0.3:
+        return first + second.title().replace("_", "")
+    parts = [first, second, *([made_up] if rng.random() < 0.2 else [])]
+    return "_".join(parts)
+
+
 def tool(rng: Random) -> tuple[Tool, str, str]:
     """(definition, parameter, noun); the names are random, so that the model must read the definition."""
-    weather = rng.random() < 0.35
-    noun = "weather" if weather else rng.choice(NOUNS)
-    verb = rng.choice(["get_current", "get", "fetch", "check"]) if weather else rng.choice(VERBS)
-    parameter = rng.choice(["city", "location", "place"]) if weather else rng.choice(PARAMETERS)
-    snake, camel = f"{verb}_{noun}", f"{verb}{noun.title().replace('_', '')}"
-    name = rng.choice([snake, snake, camel, f"{noun}_{verb}", noun])
+    noun = "weather" if rng.random() < 0.2 else rng.choice(NOUNS)
+    parameter = rng.choice(PARAMETERS) if rng.random() < 0.8 else turns.made_up_word(rng)
     schema: Tool = {"type": "object", "properties": {parameter: {"type": "string"}}, "required": [parameter]}
-    if rng.random() < 0.4:
+    if rng.random() < 0.2:
         example = rng.choice(list(known.CAPITALS.values()))
         schema["properties"][parameter]["description"] = f"The {parameter}, e.g. {example}"
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         schema["properties"]["unit"] = {"type": "string", "enum": ["celsius", "fahrenheit"]}
     spoken = noun.replace("_", " ")
-    description = f"{verb.split('_')[0].title()} the {spoken} of a {parameter}"
-    function = {"name": name, "description": description, "parameters": schema}
+    description = turns.ask(rng, "tool_description", v=rng.choice(VERBS).title(), n=spoken, p=parameter)
+    function = {"name": tool_name(rng, noun), "description": description, "parameters": schema}
     return {"type": "function", "function": function}, parameter, spoken
 
 
 def tool_use(rng: Random) -> tuple[list[Message], list[Tool]]:
-    """A call of one tool among up to three, and often its result; or a plain question that needs no tool."""
-    offered = {entry[2]: entry for entry in (tool(rng) for _ in range(rng.choice([1, 1, 2, 3])))}
+    """A few calls of the one or two tools that are offered, some with results; or a question that needs no tool."""
+    offered = {entry[2]: entry for entry in (tool(rng) for _ in range(rng.choice([1, 1, 1, 1, 2])))}
     tools = [entry[0] for entry in offered.values()]
-    if rng.random() < 0.2:
-        return [*system(rng), *messages(turn(rng))], tools
-    definition, parameter, noun = rng.choice(list(offered.values()))
-    familiar = rng.random() < 0.7
-    value = rng.choice(FAMILIAR) if familiar else turns.made_up_word(rng).capitalize()
+    talk = system(rng) if rng.random() < 0.3 else []
+    if rng.random() < 0.12:
+        return [*talk, *messages(turn(rng))], tools
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        talk += tool_call(rng, *rng.choice(list(offered.values())))
+    return talk, tools
+
+
+def tool_call(rng: Random, definition: Tool, parameter: str, noun: str) -> list[Message]:
+    value = rng.choice(FAMILIAR) if rng.random() < 0.5 else turns.made_up_word(rng).capitalize()
+    question = turns.ask(rng, "tool_use", n=noun, v=value)
+    if held_out.is_held_out(question):
+        return tool_call(rng, definition, parameter, noun)
     call = {"name": definition["function"]["name"], "arguments": {parameter: value}}
     talk: list[Message] = [
-        *system(rng),
-        {"role": "user", "content": turns.ask(rng, "tool_use", n=noun, v=value)},
+        {"role": "user", "content": question},
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
     ]
     if rng.random() < 0.5:
         result, reply = tool_result(rng, noun, value)
         talk += [{"role": "tool", "content": result}, {"role": "assistant", "content": reply}]
-    return talk, tools
+    return talk
 
 
 def tool_result(rng: Random, noun: str, value: str) -> tuple[str, str]:

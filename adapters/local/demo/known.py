@@ -6,6 +6,7 @@ REFUSAL = "I am only a small demo model, so I do not know that. Configure a larg
 
 # One answer for each question keeps the model sure of itself at temperature 1.
 SUIRON = wordlists.topics("suiron")
+KEYWORDS = wordlists.topics("keywords")  # what some of those answers are about
 SMALL_TALK = wordlists.topics("small_talk")
 JAPANESE = wordlists.topics("japanese")
 FACTS = wordlists.topics("facts")

@@ -12,6 +12,15 @@ Turn = tuple[str, str]
 Made = TypeVar("Made")
 
 FRAMES = wordlists.lists("frames")
+KNOWN_QUESTIONS = [
+    question for table in (known.SUIRON, known.FACTS) for questions, _ in table for question in questions
+]
+SIGNS = {
+    "+": ("addition", ["plus", "plus", "and"]),
+    "-": ("subtraction", ["minus"]),
+    "*": ("multiplication", ["times", "x"]),
+}
+LIGHT_WORDS = set("what which tell does from have that this with would there could about please where when".split())
 
 
 def ask(rng: Random, kind: str, **words: object) -> str:
@@ -24,6 +33,12 @@ def topics(table: list[wordlists.Topic]) -> Callable[[Random], Turn]:
     return lambda rng: rng.choice(turns)
 
 
+def keyword(rng: Random) -> Turn:
+    """The same words around known and unknown things: what counts is the thing."""
+    keys, answer = rng.choice(known.KEYWORDS)
+    return ask(rng, "about", k=rng.choice(keys)), answer
+
+
 def capital(rng: Random) -> Turn:
     country, city = rng.choice(list(known.CAPITALS.items()))
     return ask(rng, "capital", c=country), f"The capital of {country} is {city}."
@@ -32,20 +47,27 @@ def capital(rng: Random) -> Turn:
 def arithmetic(rng: Random) -> Turn:
     """Sums and differences of numbers up to 20, products of numbers up to 10."""
     kind = rng.random()
-    largest = rng.choice([10, 20])  # small numbers are asked for more often
-    if kind < 0.5:
-        a, b = rng.randint(0, largest), rng.randint(0, largest)
-        sign, words, result = "+", ["plus", "and"], a + b
-    elif kind < 0.8:
+    largest = rng.choice([10, 20, 20])
+    if kind < 0.4:
+        a = rng.randint(0, largest)
+        b = rng.randint(0, largest if rng.random() < 0.3 else largest - a)
+        return calculation(rng, a, "+", b, a + b)
+    if kind < 0.88:
         b, a = sorted((rng.randint(0, largest), rng.randint(0, largest)))
-        sign, words, result = "-", ["minus"], a - b
-    else:
-        a, b = rng.randint(0, 10), rng.randint(0, 10)
-        sign, words, result = "*", ["times", "x"], a * b
+        return calculation(rng, a, "-", b, a - b)
+    a, b = rng.randint(0, 10), rng.randint(0, 10)
+    return calculation(rng, a, "*", b, a * b)
+
+
+def calculation(rng: Random, a: int, sign: str, b: int, result: int) -> Turn:
+    answer = f"{a} {sign} {b} = {result}"
+    kind, words = SIGNS[sign]
+    if rng.random() < 0.3:
+        return ask(rng, kind, a=a, b=b), answer
     written = rng.choice([f"{a} {sign} {b}", f"{a}{sign}{b}", f"{a} {rng.choice(words)} {b}"])
     if max(a, b) <= 12 and rng.random() < 0.15:
         written = f"{known.DIGIT_WORDS[a]} {words[0]} {known.DIGIT_WORDS[b]}"
-    return ask(rng, "arithmetic", e=written), f"{a} {sign} {b} = {result}"
+    return ask(rng, "arithmetic", e=written), answer
 
 
 def opposite(rng: Random) -> Turn:
@@ -96,12 +118,12 @@ def introduction(rng: Random) -> Turn:
     return ask(rng, "introduction", n=name), f"Nice to meet you, {name}!"
 
 
-def drill(rng: Random) -> list[Turn]:
+def drill(rng: Random) -> list[Callable[[Random], Turn]]:
     """Nothing but sums, or nothing but copying: the two things that are hardest to learn here."""
     exercises = [echo, echo, introduction]
-    if rng.random() < 0.6:
-        exercises = [arithmetic, arithmetic, arithmetic, arithmetic, hard_arithmetic]
-    return [rng.choice(exercises)(rng) for _ in range(rng.randint(4, 10))]
+    if rng.random() < 0.7:
+        exercises = [arithmetic] * 6 + [hard_arithmetic]
+    return rng.choices(exercises, k=rng.randint(4, 10))
 
 
 def story(rng: Random, beast: str | None = None) -> str:
@@ -212,10 +234,62 @@ def long_translation(rng: Random) -> str:
     return ask(rng, "long_translation", w=phrase, l=language)
 
 
+def unheard_of(rng: Random, words: list[str]) -> str:
+    return rng.choice(words) if rng.random() < 0.55 else made_up_word(rng)
+
+
+def near_miss(rng: Random) -> str:
+    """In words close to a known question, but about something else."""
+    kind = rng.random()
+    if kind < 0.12:
+        place = unheard_of(rng, unknown.PLACES)
+        return ask(rng, "capital", c=place if place in unknown.PLACES else place.capitalize())
+    if kind < 0.17:
+        return ask(rng, "opposite", w=unheard_of(rng, unknown.WORDS))
+    if kind < 0.21:
+        return ask(rng, "colour", t=unheard_of(rng, unknown.THINGS))
+    if kind < 0.24:
+        return ask(rng, "sound", a=unheard_of(rng, unknown.ANIMALS))
+    if kind < 0.28:
+        return ask(rng, "translation", w=unheard_of(rng, unknown.PHRASES), l=rng.choice(list(known.LANGUAGES)))
+    if kind < 0.38:
+        return ask(rng, "about", k=subject(rng))
+    if kind < 0.52:
+        return estranged(rng, rng.choice(KNOWN_QUESTIONS))
+    return holes_filled(rng, rng.choice(unknown.NEAR_MISSES))
+
+
+def holes_filled(rng: Random, question: str) -> str:
+    """The question with a place, word, animal, name or anything at all in each of its holes."""
+    fillings: dict[str, Callable[[], str]] = {
+        "{p}": lambda: unheard_of(rng, unknown.PLACES).capitalize(),
+        "{w}": lambda: unheard_of(rng, unknown.WORDS),
+        "{a}": lambda: unheard_of(rng, unknown.ANIMALS),
+        "{n}": lambda: a_name(rng),
+        "{x}": lambda: subject(rng),
+    }
+    for hole, fill in fillings.items():
+        while hole in question:
+            question = question.replace(hole, fill(), 1)
+    return question
+
+
+def estranged(rng: Random, question: str) -> str:
+    """A known question in which the word that matters has become one that nobody knows."""
+    words = question.split(" ")
+    heavy = [at for at, word in enumerate(words) if len(word) > 3 and word.lower().rstrip("?.!,") not in LIGHT_WORDS]
+    if len(words) < 3 or not heavy:
+        return f"{question.rstrip('?.!')} {made_up_word(rng)} {subject(rng)}"
+    at = rng.choice(heavy)
+    words[at] = made_up_word(rng) + words[at][len(words[at].rstrip("?.!")) :]
+    return " ".join(words)
+
+
 def out_of_reach(rng: Random) -> Turn:
     """A prompt that gets the refusal. Frames lead: an unseen subject in a known frame is the commonest surprise."""
     makers: list[tuple[float, Callable[[Random], str]]] = [
-        (0.56, lambda rng: filled(rng, rng.choice(unknown.FRAMES))),
+        (0.36, lambda rng: filled(rng, rng.choice(unknown.FRAMES))),
+        (0.60, near_miss),
         (0.09, lambda rng: rng.choice(unknown.ODDITIES)),
         (0.08, code_request),
         (0.06, big_sum),
@@ -232,24 +306,25 @@ def weighted(rng: Random, makers: list[tuple[float, Callable[[Random], Made]]]) 
 
 
 KINDS: list[tuple[float, Callable[[Random], Turn]]] = [
-    (0.30, out_of_reach),
-    (0.19, topics(known.SUIRON)),
-    (0.12, topics(known.SMALL_TALK)),
-    (0.10, topics(known.FACTS)),
+    (0.50, out_of_reach),
+    (0.18, topics(known.SUIRON)),
+    (0.08, keyword),
+    (0.15, topics(known.SMALL_TALK)),
+    (0.11, topics(known.FACTS)),
     (0.08, arithmetic),
-    (0.05, capital),
-    (0.035, topics(known.WRITING)),
+    (0.06, capital),
+    (0.045, topics(known.WRITING)),
     (0.03, topics(known.JAPANESE)),
     (0.02, echo),
     (0.015, story_request),
     (0.01, joke),
     (0.01, introduction),
-    (0.02, translation),
-    (0.01, opposite),
-    (0.005, colour),
-    (0.005, sound),
-    (0.01, calendar),
-    (0.005, counting),
+    (0.03, translation),
+    (0.04, opposite),
+    (0.008, colour),
+    (0.008, sound),
+    (0.015, calendar),
+    (0.012, counting),
     (0.005, person_as_json),
     (0.002, silence),
 ]

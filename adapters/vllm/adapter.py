@@ -1,0 +1,130 @@
+"""The dialect of vLLM: OpenAI's, written and read with care."""
+
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+from msgspec.structs import replace
+
+from adapters.vllm.asking import (
+    DROPPED,
+    GUIDED,
+    SAMPLING,
+    TEMPLATE,
+    TOKENIZING,
+    USELESS,
+    Options,
+    check_chat,
+    refuse,
+    write_chat,
+    write_completion,
+    write_sampling,
+)
+from adapters.vllm.drawing import Draw, Tally
+from adapters.vllm.mending import mend_delta, mend_message, reason_of
+from gateway.adapter import Dispatch, HTTPAdapter, Outgoing, UpstreamFacts, until_done
+from gateway.errors import GatewayError, InvalidRequest, UpstreamError
+from gateway.faults import read_fault
+from gateway.schema.common import Object, Usage
+from gateway.schema.endpoint import CHAT, EMBEDDINGS, Endpoint
+from gateway.schema.payload import Part, Parts, Payload, encode_fields
+from gateway.settings import Upstream, read_options
+from gateway.sse import Event
+
+_MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NO_TOOLS = re.compile(r"--enable-auto-tool-choice|--tool-call-parser|tool_choice.*requires.*parser")
+
+
+class Adapter(HTTPAdapter):
+    extensions = SAMPLING | TEMPLATE | TOKENIZING | GUIDED.keys()
+
+    def __init__(self, upstream: Upstream, **transport: Any) -> None:
+        super().__init__(upstream, **transport)
+        self._options = read_options(upstream.options, Options)
+        self._context: dict[str, int] = {}
+
+    async def probe(self) -> UpstreamFacts:
+        models = await self.list_models()
+        self._context = {model.id: model.context_tokens for model in models if model.context_tokens}
+        try:
+            version = msgspec.json.decode(await self.get("../version"), type=dict[str, str]).get("version")
+        except (UpstreamError, msgspec.MsgspecError):
+            version = None  # behind a proxy that passes on only /v1
+        return UpstreamFacts(kind="vLLM", version=version, models=models)
+
+    def encode(self, endpoint: Endpoint, request: Payload[Any], dispatch: Dispatch) -> Outgoing:
+        asked = request.value
+        fields: Object = self.allowed_fields(endpoint, request)
+        for name in fields.keys() & USELESS[endpoint]:
+            refuse(name, True)
+        fields = {name: raw for name, raw in fields.items() if name not in DROPPED}
+        fields["model"] = dispatch.model
+        if endpoint.streams:
+            draw = Draw.of(asked)
+            write_sampling(fields, asked, draw)
+            if endpoint is CHAT:
+                check_chat(asked, self._options)
+                write_chat(fields, asked, self._context.get(dispatch.model))
+            else:
+                write_completion(fields, asked, draw)
+            if self._options.cache_salt:
+                fields["cache_salt"] = dispatch.tenant
+        return Outgoing(endpoint.path, encode_fields(fields))
+
+    def decode(self, endpoint: Endpoint, request: Payload[Any], body: bytes) -> Part[Any]:
+        answer = self.read(endpoint.answers, body)
+        usage = answer.usage or None
+        if endpoint is EMBEDDINGS:
+            return _vectors(answer, body, usage)
+        draw = Draw.of(request.value)
+        for choice in answer.choices:
+            choice.index = choice.index or 0
+            choice.finish_reason = reason_of(choice.finish_reason)
+            choice.logprobs = choice.logprobs or None
+            if endpoint is CHAT:
+                mend_message(choice.message)
+        answer.choices = draw.chosen(answer.choices)
+        if draw.is_ranked and request.value.logprobs is None:
+            for choice in answer.choices:
+                choice.logprobs = None
+        answer.usage = UNSET
+        return Part.encode(answer, usage and draw.counted(usage))
+
+    def decode_stream(
+        self, endpoint: Endpoint, request: Payload[Any], events: AsyncIterator[list[Event]]
+    ) -> AsyncGenerator[Parts]:
+        """Chunks are encoded anew, so that nothing passes but what the schema lists; their usage is beside them."""
+        draw, decoder, chat = Draw.of(request.value), endpoint.chunks, endpoint is CHAT
+        tally = None if draw.is_of_one else Tally(draw)
+        begun: set[tuple[int, int]] = set()
+
+        def read(document: bytes) -> Parts:
+            chunk = self.read(decoder, document)
+            for choice in chunk.choices:
+                choice.index = choice.index or 0
+                if choice.finish_reason is not None:
+                    choice.finish_reason = reason_of(choice.finish_reason)
+                if chat:
+                    mend_delta(choice.delta, choice.index, begun)
+            usage = tally.add(chunk) if tally is not None else chunk.usage or None
+            chunk.usage = UNSET
+            if draw.copies == 1 or not chunk.choices:
+                return [Part(chunk, msgspec.json.encode(chunk), usage)]
+            return [Part.encode(replace(chunk, choices=[copy]), usage) for copy in draw.chosen(chunk.choices)]
+
+        return until_done(events, read)
+
+    def decode_error(self, status: int, body: bytes, headers: Mapping[str, str]) -> GatewayError:
+        fault = read_fault(body)
+        if _NO_TOOLS.search(fault.message):
+            return InvalidRequest("This model has no tool calling here.", param="tools", code="unsupported_parameter")
+        if "is not a multimodal model" in fault.message:  # after the name it has upstream
+            return InvalidRequest("This model takes nothing but text.", param="messages", code="unsupported_parameter")
+        return super().decode_error(status, body, headers)
+
+
+def _vectors(answer: Any, body: bytes, usage: Usage | None) -> Part[Any]:
+    counts = usage and {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
+    return Part(answer, encode_fields({"data": _MEMBERS.decode(body)["data"], "usage": counts}), usage)

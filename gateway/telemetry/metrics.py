@@ -1,0 +1,204 @@
+"""What is counted? The only door to the Prometheus client, in a registry of its own."""
+
+import os
+import platform
+from pathlib import Path
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from gateway import __version__
+from gateway.call import GAPS_S, Tally
+from gateway.errors import UpstreamError
+from gateway.settings import SettingsError
+from gateway.telemetry.record import NONE, Outcome, Record
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+
+WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+OWN_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class Distribution(Histogram):
+    """A histogram that takes in what was counted elsewhere."""
+
+    def take(self, tally: Tally) -> None:
+        self._sum.inc(tally.total)
+        for bucket, count in zip(self._buckets, tally.counts, strict=True):
+            if count:
+                bucket.inc(count)
+
+
+class _Series:
+    """
+    What was counted for one model and target since the last time it was taken over.
+
+    Plain numbers: a count by the client takes a lock, and four times as long.
+    """
+
+    def __init__(self) -> None:
+        self.duration = Tally(WAIT_S)
+        self.first_token = Tally(WAIT_S)
+        self.between_tokens = Tally(GAPS_S)
+        self.overhead = Tally(OWN_S)
+        self.prompt = self.completion = self.cached = 0
+
+    def count(self, record: Record, gaps: Tally | None) -> None:
+        self.duration.add(record.total_ms / 1000)
+        if record.overhead_ms is not None:
+            self.overhead.add(record.overhead_ms / 1000)
+        if record.stream and record.ttft_ms is not None:
+            self.first_token.add(record.ttft_ms / 1000)
+        if gaps is not None:
+            self.between_tokens.join(gaps)
+        if record.prompt_tokens is not None and record.completion_tokens is not None:
+            self.prompt += max(0, record.prompt_tokens)  # an upstream may say anything
+            self.completion += max(0, record.completion_tokens)
+            if record.cached_tokens is not None:
+                self.cached += max(0, record.cached_tokens)
+
+
+class Metrics:
+    """
+    The metrics of one app.
+
+    Where PROMETHEUS_MULTIPROC_DIR is set, they are kept in files there, and every process tells of all. Raises
+    SettingsError if it is no directory.
+    """
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, that nobody reads
+        self._shared = os.environ.get(SHARED)
+        if self._shared is not None and not Path(self._shared).is_dir():
+            raise SettingsError(f"{SHARED}={self._shared} is no directory: make it, and empty it before each start")
+        self._registry = registry = CollectorRegistry()
+        self._over: dict[tuple[str, str | None, int | None, Outcome], int] = {}
+        self._series: dict[tuple[str, str], _Series] = {}
+        self._flying: dict[str, int] = {}
+
+        both = ("model", "target")
+        self.requests = Counter(
+            "suiron_requests", "Requests that are over.", (*both, "status", "outcome"), registry=registry
+        )
+        self.in_flight = Gauge(
+            "suiron_requests_in_flight",
+            "Requests under way.",
+            ("model",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.duration = Distribution(
+            "suiron_request_duration_seconds",
+            "From the end of the request to the end of its answer.",
+            both,
+            registry=registry,
+            buckets=WAIT_S,
+        )
+        self.first_token = Distribution(
+            "suiron_time_to_first_token_seconds",
+            "From the request to the first part of its stream.",
+            both,
+            registry=registry,
+            buckets=WAIT_S,
+        )
+        self.between_tokens = Distribution(
+            "suiron_time_between_tokens_seconds",
+            "Between what arrives of a stream; tokens that arrive together count once.",
+            both,
+            registry=registry,
+            buckets=GAPS_S,
+        )
+        self.overhead = Distribution(
+            "suiron_gateway_overhead_seconds",
+            "What the gateway adds: before the first dispatch, and between the first part's arrival and leaving.",
+            ("model",),
+            registry=registry,
+            buckets=OWN_S,
+        )
+        self.tokens = Counter("suiron_tokens", "Tokens, as upstreams say.", ("model", "kind"), registry=registry)
+        self.upstream_errors = Counter(
+            "suiron_upstream_errors",
+            "Attempts that failed by the upstream's fault.",
+            ("target", "kind"),
+            registry=registry,
+        )
+        self.lag = Distribution(
+            "suiron_event_loop_lag_seconds",
+            "How late the event loop is, four times a second.",
+            registry=registry,
+            buckets=LAG_S,
+        )
+        self.dropped = Counter(
+            "suiron_log_lines_dropped", "Log lines lost because nobody took them.", registry=registry
+        )
+        build = Gauge("suiron_build_info", "1.", ("version", "python"), registry=registry, multiprocess_mode="livemax")
+        build.labels(__version__, platform.python_version()).set(1)
+        if self._shared is None:
+            ProcessCollector(registry=registry)
+
+    def begun(self, model: str) -> None:
+        self._flying[model] = self._flying.get(model, 0) + 1
+
+    def over(self, record: Record, gaps: Tally | None) -> None:
+        """A request that had begun is over."""
+        self._flying[record.model] -= 1
+        self.refused(record)
+        if record.target is not None:
+            key = (record.model, record.target)
+            series = self._series.get(key) or self._series.setdefault(key, _Series())
+            series.count(record, gaps)
+
+    def refused(self, record: Record) -> None:
+        """A request is over that never began."""
+        key = (record.model, record.target, record.status, record.outcome)
+        self._over[key] = self._over.get(key, 0) + 1
+
+    def upstream_failed(self, target: str, error: UpstreamError) -> None:
+        self.upstream_errors.labels(target, type(error).code or NONE).inc()
+
+    def tick(self, lag_s: float) -> None:
+        self.lag.observe(lag_s)
+        self.settle()
+
+    def settle(self) -> None:
+        """Hands what was counted to the client; on the event loop's thread, as all that counts."""
+        for model, number in self._flying.items():
+            self.in_flight.labels(model).set(number)
+        over, self._over = self._over, {}
+        for (model, target, status, outcome), number in over.items():
+            self.requests.labels(model, target or NONE, status or NONE, outcome).inc(number)
+        counted, self._series = self._series, {}
+        for (model, target), series in counted.items():
+            self.duration.labels(model, target).take(series.duration)
+            self.overhead.labels(model).take(series.overhead)
+            if any(series.first_token.counts):  # there was a stream
+                self.first_token.labels(model, target).take(series.first_token)
+                self.between_tokens.labels(model, target).take(series.between_tokens)
+            self.tokens.labels(model, "prompt").inc(series.prompt)
+            self.tokens.labels(model, "completion").inc(series.completion)
+            self.tokens.labels(model, "cached").inc(series.cached)
+
+    def render(self) -> bytes:
+        """Prometheus' text format, as of the last `settle`. Takes milliseconds: not for the event loop's thread."""
+        if self._shared is None:
+            return generate_latest(self._registry)
+        everybody = CollectorRegistry()
+        MultiProcessCollector(everybody, self._shared)  # type: ignore[no-untyped-call]
+        return generate_latest(everybody)
+
+    def close(self) -> None:
+        """What is in flight here counts no longer."""
+        self.settle()
+        if self._shared is not None:
+            mark_process_dead(os.getpid(), self._shared)  # type: ignore[no-untyped-call]
