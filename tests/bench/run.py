@@ -62,6 +62,7 @@ http {{
 """
 GATEWAY_CONF = """
 server: {{host: 127.0.0.1, port: {port}}}
+telemetry: {{log: off}}
 auth: {{keys: [{{name: bench, sha256: {key_sha256}}}]}}
 upstreams: {{mock: {{adapter: openai, base_url: "http://127.0.0.1:{upstream}/v1"}}}}
 models: {{mock: {{targets: [{{upstream: mock, model: mock-upstream-model}}]}}}}
