@@ -3,8 +3,6 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-import msgspec
-
 from gateway.adapter import Dispatch, HTTPAdapter, ModelFacts, Outgoing, UpstreamFacts, until_done
 from gateway.schema.endpoint import Endpoint
 from gateway.schema.payload import Part, Parts, Payload, encode_fields
@@ -36,21 +34,23 @@ class Adapter(HTTPAdapter):
         return Outgoing(endpoint.path, encode_fields(fields))
 
     def decode(self, endpoint: Endpoint, request: Payload[Any], body: bytes) -> Part[Any]:
-        return self._part(endpoint.answers, body)
+        value = self.read(endpoint.answers, body)
+        return Part(value, body, value.usage or None)
 
     def decode_stream(
         self, endpoint: Endpoint, request: Payload[Any], events: AsyncIterator[list[Event]]
     ) -> AsyncGenerator[Parts]:
-        decoder = endpoint.chunks
-        return until_done(events, lambda document: [self._part(decoder, document)])
+        read, decoder = self.read, endpoint.chunks
+
+        def parts(document: bytes) -> Parts:
+            value = read(decoder, document)
+            return [Part(value, document, value.usage or None)]
+
+        return until_done(events, parts)
 
     async def probe(self) -> UpstreamFacts:
         models = await self.list_models()
         return UpstreamFacts(kind=_kind(models[0]) if models else UNKNOWN, models=models)
-
-    def _part(self, decoder: msgspec.json.Decoder[Any], document: bytes) -> Part[Any]:
-        value = self.read(decoder, document)
-        return Part(value, document, value.usage or None)
 
 
 def _kind(model: ModelFacts) -> str:
