@@ -69,16 +69,99 @@ class Telemetry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     traces: bool = False
 
 
+class Limit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    How much, and how strictly. A number alone means `{limit: number}`.
+
+    `shadow` counts and reports, and refuses nobody. `strict` never lets tokens or money exceed the limit: what may be
+    generated is capped. `on_store_loss` says what holds while Redis is out of reach; null for the default of its kind.
+    `window` is for limits per day: any 24 hours, or the calendar's day in UTC.
+    """
+
+    limit: Annotated[float, Meta(ge=0)]
+    enforce: Literal["on", "shadow", "off"] = "on"
+    strict: bool = False
+    on_store_loss: Literal["local", "guard", "closed", "open"] | None = None
+    window: Literal["sliding", "calendar"] | None = None
+
+
+Much = Annotated[float, Meta(ge=0)] | Limit
+
+
+class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much may be asked for; null means what the wider default says, and no limit where that is null too."""
+
+    requests_per_minute: Much | None = None
+    requests_per_hour: Much | None = None
+    requests_per_day: Much | None = None
+    tokens_per_minute: Much | None = None
+    tokens_per_hour: Much | None = None
+    tokens_per_day: Much | None = None
+    tokens_per_month: Much | None = None
+    usd_per_day: Much | None = None
+    usd_per_month: Much | None = None
+    concurrent_requests: Much | None = None
+
+
+class LimitsByModel(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits over all models, and in `models` further ones on single models."""
+
+    models: dict[str, Limits] = {}
+
+
+class Caching(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    Which answers are kept, and given again to the same question of the same tenant.
+
+    `deterministic` are those to requests with temperature 0 or a seed. `hits_cost` is the share of the price a hit is
+    billed at: all of it, that of cached input, or nothing.
+    """
+
+    mode: Literal["off", "deterministic", "all"] = "off"
+    ttl_s: Annotated[float, Meta(gt=0, le=30 * 86_400)] = 3600.0
+    max_entry_bytes: Annotated[int, Meta(ge=1024)] = 256 * 1024
+    coalesce: bool = True
+    replay: Literal["instant", "recorded"] = "instant"
+    hits_cost: Literal["full", "cached", "free"] = "free"
+
+
 class Key(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A static key: the SHA-256 of it in hex, as `suiron key new` prints. `models` null means all."""
+    """
+    A static key: the SHA-256 of it in hex, as `suiron key new` prints. `models` null means all.
+
+    `user` is the person it belongs to, `team` who shares limits and cache with it.
+    """
 
     name: KeyName
     sha256: SHA256
+    user: KeyName | None = None
+    team: KeyName | None = None
     models: list[str] | None = None
+    limits: LimitsByModel = LimitsByModel()
+    cache: Caching | None = None
+
+
+class Group(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A team or a user: `limits` that all of its keys share. `models` null means all."""
+
+    models: list[str] | None = None
+    limits: LimitsByModel = LimitsByModel()
+
+
+class AdminKey(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A key for the admin API, which cannot call models."""
+
+    name: KeyName
+    sha256: SHA256
 
 
 class Auth(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may call. Teams and users need to be named here only to be given limits."""
+
     keys: list[Key] = []
+    teams: dict[str, Group] = {}
+    users: dict[str, Group] = {}
+    admin_keys: list[AdminKey] = []
 
 
 class Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,17 +207,67 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Target(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An upstream and its name for the model; null means the public name."""
+    """
+    An upstream and its name for the model; null means the public name.
+
+    Lower tiers are tried first; within one, each target is first as often as its weight says. `max_in_flight` null
+    means as many as come.
+    """
 
     upstream: str
     model: str | None = None
+    tier: Annotated[int, Meta(ge=0, le=99)] = 0
+    weight: Annotated[float, Meta(gt=0, le=1_000_000)] = 1.0
+    max_in_flight: Annotated[int, Meta(ge=1)] | None = None
+
+
+class Prices(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """US dollars for a million tokens; cached input costs as much as other input where it has no price of its own."""
+
+    input: Annotated[float, Meta(ge=0, le=1_000_000)]
+    output: Annotated[float, Meta(ge=0, le=1_000_000)]
+    cached_input: Annotated[float, Meta(ge=0, le=1_000_000)] | None = None
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A public name. Its targets are tried in this order, until one begins to answer."""
+    """
+    A public name, and the targets that answer for it.
+
+    `default_output_tokens` is what a request without a limit is expected to generate until past answers tell.
+    `encoding` names a table of tiktoken's to count with. `limits` hold for each key on this model.
+    """
 
     targets: Annotated[list[Target], Meta(min_length=1)]
     context_tokens: Annotated[int, Meta(ge=1)] | None = None
+    default_output_tokens: Annotated[int, Meta(ge=1)] = 512
+    encoding: str | None = None
+    prices: Prices | None = None
+    limits: Limits = Limits()
+    cache: Caching = Caching()
+
+
+class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    Where replicas meet: `redis://`, `rediss://`, `redis+sentinel://host,host/master/db`, `redis+cluster://host,host`.
+
+    null keeps everything in this process. `timeout_s` bounds each call.
+    """
+
+    url: str | None = None
+    password: Secret | None = None
+    timeout_s: Seconds = 0.25
+
+
+class Database(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    Where the ledger is: `sqlite:///path` or `postgresql://…`; null for what `suiron serve` takes by default.
+
+    `journal` is the directory of what is under way, which must survive a crash; null for beside the database.
+    """
+
+    url: str | None = None
+    password: Secret | None = None
+    journal: str | None = None
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -143,6 +276,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     auth: Auth = Auth()
     upstreams: dict[str, Upstream] = {}
     models: dict[str, Model] = {}
+    limits: Limits = Limits()
+    store: Store = Store()
+    database: Database = Database()
 
 
 def load(path: Path) -> Settings:
@@ -240,6 +376,7 @@ def _inconsistencies(settings: Settings) -> Iterator[Fault]:
                 hint = _near(target.upstream, settings.upstreams)
                 path: Steps = ("models", name, "targets", index, "upstream")
                 yield path, f"there is no upstream '{target.upstream}'{hint}"
+    yield from _limit_faults(settings)
     names = [key.name for key in settings.auth.keys]
     for index, key in enumerate(settings.auth.keys):
         if key.name in names[:index]:
@@ -248,6 +385,40 @@ def _inconsistencies(settings: Settings) -> Iterator[Fault]:
             if model_name not in settings.models:
                 hint = _near(model_name, settings.models)
                 yield ("auth", "keys", index, "models", position), f"there is no model '{model_name}'{hint}"
+
+
+def _limit_faults(settings: Settings) -> Iterator[Fault]:
+    """Limits on models that are not there, or that their kind cannot have; and users whose limits lie in two places."""
+    groups: dict[Steps, Limits] = {("limits",): settings.limits}
+    groups |= {("models", name, "limits"): model.limits for name, model in settings.models.items()}
+    holders: dict[Steps, Key | Group] = {("auth", "keys", i): key for i, key in enumerate(settings.auth.keys)}
+    holders |= {("auth", "teams", name): group for name, group in settings.auth.teams.items()}
+    holders |= {("auth", "users", name): group for name, group in settings.auth.users.items()}
+    for path, holder in holders.items():
+        groups[*path, "limits"] = holder.limits
+        for name, limits in holder.limits.models.items():
+            groups[*path, "limits", "models", name] = limits
+            if name not in settings.models:
+                yield (*path, "limits", "models", name), f"there is no model '{name}'{_near(name, settings.models)}"
+    for path, limits in groups.items():
+        for name in Limits.__struct_fields__:
+            if isinstance(limit := getattr(limits, name), Limit) and (fault := _limit_fault(name, limit)):
+                yield (*path, name), fault
+    for user, group in settings.auth.users.items():
+        teams = {key.team for key in settings.auth.keys if key.user == user}
+        if group.limits != LimitsByModel() and len(teams) > 1:
+            yield (
+                ("auth", "users", user, "limits"),
+                "the keys of a user with limits must all be in one team, or in none",
+            )
+
+
+def _limit_fault(name: str, limit: Limit) -> str | None:
+    if limit.window is not None and name not in ("requests_per_day", "tokens_per_day"):
+        return "`window` is for requests and tokens per day"
+    if limit.strict and name.startswith(("requests", "concurrent")):
+        return "`strict` is for tokens and money: requests are never more than their limit"
+    return None
 
 
 _BASE_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^\s?#]*)?", re.ASCII)
@@ -268,11 +439,12 @@ def _fault(value: Any, kind: Any, path: Steps) -> Fault | None:
         return None
     except msgspec.ValidationError as exc:
         what = str(exc).partition(" - at `")[0]
-    for step, member, member_kind in _members(value, _bare(kind)):
+    bare, description = _unwrapped(kind, value)
+    for step, member, member_kind in _members(value, bare):
         if fault := _fault(member, member_kind, (*path, step)):
             return fault
     if unknown := re.match(r"Object contains unknown field `(.*)`", what):
-        known = sorted(field.encode_name for field in msgspec.structs.fields(_bare(kind)))
+        known = sorted(field.encode_name for field in msgspec.structs.fields(bare))
         hint = _near(unknown[1], known) or f"; known are: {', '.join(known)}"
         return (*path, unknown[1]), f"unknown key '{unknown[1]}'{hint}"
     if missing := re.match(r"Object missing required field `(.*)`", what):
@@ -281,7 +453,7 @@ def _fault(value: Any, kind: Any, path: Steps) -> Fault | None:
         if not isinstance(key, str):
             return path, f"the key {key} is not text: put it in quotes"
     if "matching regex" in what:
-        what = f"Expected {next(meta.description for meta in get_args(kind)[1:])}"
+        what = f"Expected {description}"
     said = what.replace("`", "").replace(" | null", "")
     return path, f"{said[:1].lower()}{said[1:]}"
 
@@ -298,11 +470,15 @@ def _members(value: Any, kind: Any) -> list[tuple[str | int, Any, Any]]:
     return []
 
 
-def _bare(kind: Any) -> Any:
-    """A type without `Annotated` and `| None`."""
+def _unwrapped(kind: Any, value: Any) -> tuple[Any, str | None]:
+    """What *value* should be, of a type without `Annotated` and alternatives; and what that is in words."""
+    description = None
     while get_origin(kind) not in (None, dict, list):
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    return kind
+        described = [part.description for part in get_args(kind) if isinstance(part, Meta) and part.description]
+        description = next(iter(described), description)
+        kinds = [part for part in get_args(kind) if part is not NoneType and not isinstance(part, Meta)]
+        kind = kinds[-1] if isinstance(value, dict) else kinds[0]  # a number, or an object that says more
+    return kind, description
 
 
 def _line_of(node: yaml.Node | None, path: Steps) -> int:

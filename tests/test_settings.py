@@ -234,7 +234,8 @@ def test_the_manual_works_as_it_stands() -> None:
 
 def test_the_manual_works_with_every_example_taken_in() -> None:
     text = MANUAL.read_text()
-    settings = parse(re.sub(r"^#(?=  )", "", text.replace("  keys: []\n", ""), flags=re.MULTILINE), "manual")
+    opened = re.sub(r"^(limits|store|database): \{\}$", r"\1:", text.replace("  keys: []\n", ""), flags=re.MULTILINE)
+    settings = parse(re.sub(r"^#(?=  )", "", opened, flags=re.MULTILINE), "manual")
     assert [key.name for key in settings.auth.keys] == ["alice", "bobs-app"]
     assert settings.upstreams["vllm"].timeouts == Timeouts(), "the manual shows the defaults"
 
