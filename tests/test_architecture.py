@@ -14,9 +14,9 @@ LAYERS = [line.split() for line in """
     app server
     api
     pipeline
-    stream telemetry
+    stream telemetry limits cache routing ledger
     call
-    models limits cache routing ledger
+    models
     auth
     adapter stores database tokens prices
     transport faults
