@@ -96,13 +96,13 @@ def load_adapters(settings: Settings) -> dict[str, Adapter]:
 
 def _keyring(settings: Settings) -> Keyring:
     if settings.auth.keys:
-        return Keyring(settings.auth.keys, anonymous=False)
+        return Keyring(settings.auth, anonymous=False)
     if forbidden := why_not_anonymous(settings):
         raise SettingsError(
             f"refusing to start without keys: {forbidden}. Make one with `suiron key new` and paste what it prints "
             "into a configuration file" + ("" if "credential" in forbidden else ", or listen on 127.0.0.1")
         )
-    return Keyring([], anonymous=True)
+    return Keyring(settings.auth, anonymous=True)
 
 
 async def _ask_all(adapters: Mapping[str, Adapter], readiness: Readiness, on_ready: Callable[[Findings], None]) -> None:

@@ -10,18 +10,31 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 from gateway.errors import AuthenticationFailed
-from gateway.settings import Key, Settings
+from gateway.settings import Auth, Key, Settings
 
 FORWARDING_HEADERS = re.compile(rb"forwarded|via|x-real-ip|x-(original-)?forwarded-.*|cf-connecting-ip")
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a call is made for. `models` None means every model; `tenant` is a hash that upstreams may see."""
+    """
+    Who a call is made for: a key, by its name, and whose it is. `models` None means every model.
+
+    `tenant` is the boundary of cached answers, a hash of the key's team, else of the key, that upstreams may see;
+    `slot` is where its counters lie together: all that can be shared with other keys is in one.
+    """
 
     name: str
     tenant: str
     models: frozenset[str] | None = None
+    user: str | None = None
+    team: str | None = None
+
+    @property
+    def slot(self) -> str:
+        if self.team is not None:
+            return f"team:{self.team}"
+        return f"key:{self.name}" if self.user is None else f"user:{self.user}"
 
     def may_use(self, model: str) -> bool:
         return self.models is None or model in self.models
@@ -37,15 +50,8 @@ class Keyring:
     Without any, callers on this machine are let in anonymously, and nobody else: see `is_local_call`.
     """
 
-    def __init__(self, keys: Iterable[Key], *, anonymous: bool) -> None:
-        self._principals = {
-            key.sha256: Principal(
-                key.name,
-                hashlib.sha256(f"tenant:{key.name}".encode()).hexdigest()[:32],
-                None if key.models is None else frozenset(key.models),
-            )
-            for key in keys
-        }
+    def __init__(self, auth: Auth, *, anonymous: bool) -> None:
+        self._principals = {key.sha256: _principal(key, auth) for key in auth.keys}
         self._anonymous = anonymous
 
     def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
@@ -70,6 +76,16 @@ class Keyring:
         if principal is None or scheme.lower() != b"bearer":
             raise _refused("Incorrect API key provided.", code="invalid_api_key")
         return principal
+
+
+def _principal(key: Key, auth: Auth) -> Principal:
+    groups = [auth.users.get(key.user or ""), auth.teams.get(key.team or "")]
+    allowed = [holder.models for holder in (key, *groups) if holder is not None and holder.models is not None]
+    models = frozenset.intersection(*map(frozenset, allowed)) if allowed else None
+    # the name of a team is no name of a key: they would meet in one cache
+    owner = f"tenant:{key.name}" if key.team is None else f"tenant:team:{key.team}"
+    tenant = hashlib.sha256(owner.encode()).hexdigest()[:32]
+    return Principal(key.name, tenant, models, key.user, key.team)
 
 
 def joined(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

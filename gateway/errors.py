@@ -5,11 +5,14 @@ What can go wrong, and what is the client told?
   x RequestError                 the caller can mend it
     + InvalidRequest             400  `code` and `param` say what is wrong
       - ContextLengthExceeded    400
+      - RequestTooLarge          400  beyond a limit by itself
     + AuthenticationFailed       401
     + ModelNotFound              404
     + UnknownURL                 404
     + MethodNotAllowed           405
     + RequestTimeout             408  it did not arrive in time
+    + RateLimited                429  says when to come back
+    + QuotaExceeded              429  coming back does not help
     + BodyTooLarge               413
     + HeadersTooLarge            431
   x UpstreamError                a backend failed: another target may do
@@ -18,6 +21,8 @@ What can go wrong, and what is the client told?
       - CannotLoad               502  a local model that is not to be had
     + Overloaded                 503  full, or still loading; says when to come back
     + UpstreamTimeout            504
+  x CannotRecord                 503  no room to record what would be spent
+  x LimiterUnavailable           503  a limit that must hold cannot be checked
   x ShuttingDown                 503  this process is about to end
   x InternalError                500  ours
 
@@ -34,7 +39,7 @@ class GatewayError(Exception):
     """An error that a client is told about. *message* says what to do, and holds no secret."""
 
     status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
+    type: str = "server_error"
     code: str | None = None
 
     def __init__(
@@ -68,6 +73,10 @@ class InvalidRequest(RequestError):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class RequestTooLarge(InvalidRequest):
+    code = "request_too_large"
 
 
 class AuthenticationFailed(RequestError):
@@ -108,6 +117,27 @@ class HeadersTooLarge(RequestError):
     code = "headers_too_large"
 
 
+class RateLimited(RequestError):
+    """*metric* is `requests` or `tokens`; a client that waits *wait_ms*, and is the only one, is admitted."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, metric: str, wait_ms: int) -> None:
+        wait_s = max(1, -(-wait_ms // 1000))
+        super().__init__(message, headers={"retry-after": str(wait_s), "retry-after-ms": str(wait_ms)})
+        self.type = metric  # one error of two types, as OpenAI has it
+
+
+class QuotaExceeded(RequestError):
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})
+
+
 class UpstreamError(GatewayError):
     status = 502
     code = "upstream_error"
@@ -136,6 +166,26 @@ class Overloaded(UpstreamError):
 class UpstreamTimeout(UpstreamError):
     status = 504
     code = "upstream_timeout"
+
+
+class CannotRecord(GatewayError):
+    status = 503
+    code = "cannot_record"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This gateway cannot record more requests at the moment. Try again later.", headers={"retry-after": "1"}
+        )
+
+
+class LimiterUnavailable(GatewayError):
+    status = 503
+    code = "limiter_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A limit of this key cannot be checked at the moment. Try again later.", headers={"retry-after": "1"}
+        )
 
 
 class ShuttingDown(GatewayError):

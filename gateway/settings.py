@@ -376,19 +376,15 @@ def _inconsistencies(settings: Settings) -> Iterator[Fault]:
                 hint = _near(target.upstream, settings.upstreams)
                 path: Steps = ("models", name, "targets", index, "upstream")
                 yield path, f"there is no upstream '{target.upstream}'{hint}"
-    yield from _limit_faults(settings)
     names = [key.name for key in settings.auth.keys]
     for index, key in enumerate(settings.auth.keys):
         if key.name in names[:index]:
             yield ("auth", "keys", index, "name"), f"a second key '{key.name}'"
-        for position, model_name in enumerate(key.models or ()):
-            if model_name not in settings.models:
-                hint = _near(model_name, settings.models)
-                yield ("auth", "keys", index, "models", position), f"there is no model '{model_name}'{hint}"
+    yield from _holder_faults(settings)
 
 
-def _limit_faults(settings: Settings) -> Iterator[Fault]:
-    """Limits on models that are not there, or that their kind cannot have; and users whose limits lie in two places."""
+def _holder_faults(settings: Settings) -> Iterator[Fault]:
+    """Models that are not there, limits that their kind cannot have, and users whose limits lie in two places."""
     groups: dict[Steps, Limits] = {("limits",): settings.limits}
     groups |= {("models", name, "limits"): model.limits for name, model in settings.models.items()}
     holders: dict[Steps, Key | Group] = {("auth", "keys", i): key for i, key in enumerate(settings.auth.keys)}
@@ -396,6 +392,9 @@ def _limit_faults(settings: Settings) -> Iterator[Fault]:
     holders |= {("auth", "users", name): group for name, group in settings.auth.users.items()}
     for path, holder in holders.items():
         groups[*path, "limits"] = holder.limits
+        for position, name in enumerate(holder.models or ()):
+            if name not in settings.models:
+                yield (*path, "models", position), f"there is no model '{name}'{_near(name, settings.models)}"
         for name, limits in holder.limits.models.items():
             groups[*path, "limits", "models", name] = limits
             if name not in settings.models:
