@@ -19,8 +19,9 @@ import asyncio
 import re
 import ssl
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
-from typing import NamedTuple, cast
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import httptools
 import httpx2
@@ -31,14 +32,14 @@ _MAX_HEADERS = 256
 _TIMER_SLACK_S = 0.001
 _FAREWELL_S = 1.0
 
-_HEAD = re.compile(
-    rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+ HTTP/1\.1\r\n"
-    rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\0\r\n]*\r\n)+\r\n"
-)
+_LINES = rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\0\r\n]*\r\n)*"
+_HEADERS = re.compile(_LINES)
+_HEAD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+ HTTP/1\.1\r\n" + _LINES)
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 _EXTENSIONS = {"1.1": {"http_version": b"HTTP/1.1"}, "1.0": {"http_version": b"HTTP/1.0"}}
 
+RawHeaders = Sequence[tuple[bytes, bytes]]
 _Timeouts = Mapping[str, float | None]
 
 
@@ -51,6 +52,69 @@ class _Origin(NamedTuple):
 class _Limits(NamedTuple):
     header_bytes: int
     buffer_bytes: int
+
+
+class Preamble:
+    """What many requests to one address have in common: checked and written once.
+
+    Raises LocalProtocolError where it is malformed.
+    """
+
+    def __init__(self, method: str, url: httpx2.URL, headers: RawHeaders) -> None:
+        self.method = method
+        self.url = url
+        self.headers = headers
+        self.origin = _Origin(url.scheme, url.raw_host, url.port)
+        self.wire = _opening(httpx2.Request(method, url, headers=list(headers), stream=httpx2.ByteStream(b"")))
+
+
+class Request(httpx2.Request):
+    """A request with a preamble, and *headers* of its own, none of which frames it.
+
+    What `headers` costs httpx2 is spent only when they are asked for; all else is ready to leave.
+    """
+
+    def __init__(self, preamble: Preamble, headers: RawHeaders, body: bytes, extensions: dict[str, Any]) -> None:
+        self.method = preamble.method
+        self.url = preamble.url
+        self.extensions = extensions
+        self.stream = httpx2.ByteStream(body)
+        self.preamble = preamble
+        self.own_headers = headers
+        self._content = body
+
+    @cached_property
+    def headers(self) -> httpx2.Headers:  # type: ignore[override]
+        length = (b"content-length", b"%d" % len(self._content))
+        return httpx2.Headers([*self.preamble.headers, *self.own_headers, length])
+
+
+class Response(httpx2.Response):
+    """An answer whose head is here. What `headers` costs httpx2 is spent only when they are asked for."""
+
+    next_request = None
+    is_closed = is_stream_consumed = False
+    default_encoding = "utf-8"
+    _num_bytes_downloaded = 0
+
+    def __init__(self, status: int, raw_headers: RawHeaders, exchange: "_Exchange", request: httpx2.Request) -> None:
+        self.status_code = status
+        self.raw_headers = raw_headers
+        self.stream = exchange
+        self.extensions = _EXTENSIONS[exchange.version]
+        self.history = []
+        self._request = request
+
+    @cached_property
+    def headers(self) -> httpx2.Headers:  # type: ignore[override]
+        return httpx2.Headers(list(self.raw_headers))
+
+
+def _origin(request: httpx2.Request) -> _Origin:
+    if isinstance(request, Request):
+        return request.preamble.origin
+    url = request.url
+    return _Origin(url.scheme, url.raw_host, url.port)
 
 
 class Transport(httpx2.AsyncBaseTransport):
@@ -89,8 +153,7 @@ class Transport(httpx2.AsyncBaseTransport):
         sync = isinstance(request.stream, httpx2.SyncByteStream)
         body = request.read() if sync else await request.aread()
         head = _head(request, len(body))
-        url = request.url
-        origin = _Origin(url.scheme, url.raw_host, url.port)
+        origin = _origin(request)
         timeouts: _Timeouts = request.extensions.get("timeout") or {}
         if not self._pool.acquire():
             await self._pool.wait(request, timeouts.get("pool"))
@@ -145,6 +208,14 @@ class Transport(httpx2.AsyncBaseTransport):
 
 
 def _head(request: httpx2.Request, body_bytes: int) -> bytes:
+    if not isinstance(request, Request):
+        return _opening(request) + _ending(request.method, body_bytes)
+    lines = b"".join([b"%b: %b\r\n" % header for header in request.own_headers])
+    _check(request, lines, len(request.own_headers), _HEADERS)
+    return request.preamble.wire + lines + _ending(request.method, body_bytes)
+
+
+def _opening(request: httpx2.Request) -> bytes:
     """The framing headers are always ours: one that disagrees with the body would smuggle a second request."""
     lines = [b"%b %b HTTP/1.1\r\n" % (request.method.encode(), request.url.raw_path)]
     has_host = False
@@ -155,13 +226,19 @@ def _head(request: httpx2.Request, body_bytes: int) -> bytes:
             has_host = has_host or lower == b"host"
     if not has_host:
         lines.insert(1, b"host: %b\r\n" % request.url.netloc)
-    if body_bytes or request.method in _METHODS_WITH_BODY:
-        lines.append(b"content-length: %d\r\n" % body_bytes)
-    lines.append(b"\r\n")
-    head = b"".join(lines)
-    if head.count(b"\n") != len(lines) or not _HEAD.fullmatch(head):  # a value may hide a line that is well formed
+    opening = b"".join(lines)
+    _check(request, opening, len(lines), _HEAD)
+    return opening
+
+
+def _check(request: httpx2.Request, wire: bytes, lines: int, form: re.Pattern[bytes]) -> None:
+    if wire.count(b"\n") != lines or not form.fullmatch(wire):  # a value may hide a line that is well formed
         raise httpx2.LocalProtocolError("the request line or a header is malformed", request=request)
-    return head
+
+
+def _ending(method: str, body_bytes: int) -> bytes:
+    framed = body_bytes or method in _METHODS_WITH_BODY
+    return b"content-length: %d\r\n\r\n" % body_bytes if framed else b"\r\n"
 
 
 class _Pool:
@@ -422,7 +499,7 @@ class _Exchange(httpx2.AsyncByteStream):
         self._unsent = False
         self._heard = False
         self._status = 0  # until the head is whole
-        self._version = ""
+        self.version = ""
         self._headers: list[tuple[bytes, bytes]] = []
         self._keep_alive = False
         self._until_close = False
@@ -448,14 +525,8 @@ class _Exchange(httpx2.AsyncByteStream):
             raise self._error
         return self._status != 0
 
-    def response(self) -> httpx2.Response:
-        return httpx2.Response(
-            self._status,
-            headers=self._headers,
-            stream=self,
-            request=self._request,
-            extensions=_EXTENSIONS[self._version],
-        )
+    def response(self) -> Response:
+        return Response(self._status, self._headers, self, self._request)
 
     # What the caller sees.
 
@@ -545,9 +616,9 @@ class _Exchange(httpx2.AsyncByteStream):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        self._version = self._parser.get_http_version()
-        if status < 100 or status == 101 or self._version not in _EXTENSIONS:
-            raise httpx2.RemoteProtocolError(f"HTTP/{self._version} {status} was not asked for")
+        self.version = self._parser.get_http_version()
+        if status < 100 or status == 101 or self.version not in _EXTENSIONS:
+            raise httpx2.RemoteProtocolError(f"HTTP/{self.version} {status} was not asked for")
         if len(self._headers) > _MAX_HEADERS or self._header_bytes() > self._limits.header_bytes:
             raise httpx2.RemoteProtocolError("too many headers")
         if status < 200:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import httpx2
 import pytest
 
-from gateway.transport import Transport
+from gateway.transport import Preamble, Request, Transport
 from tests.rawserver import PATIENCE_S, Peer, RawRequest, RawServer, Script, serving
 
 pytestmark = pytest.mark.anyio
@@ -185,6 +185,33 @@ async def test_nothing_can_be_injected_into_the_head(
         with pytest.raises(httpx2.LocalProtocolError) as raised:
             await fetch(transport, server, method, headers=headers)
         assert raised.value.request.method == method.upper()
+        assert server.accepted == 0
+
+
+async def test_a_request_with_a_preamble_leaves_as_one_without(transport: Transport) -> None:
+    async def script(peer: Peer) -> None:
+        while True:
+            first = await peer.read()
+            await peer.send(OK + b"content-length: %d\r\n\r\n" % len(first) + first)
+
+    shared, own = [(b"host", b"here"), (b"content-length", b"7"), (b"x-a", b"1")], [(b"x-b", b"2")]
+    async with serving(script) as server:
+        preamble = Preamble("POST", httpx2.URL(server.url), shared)
+        request = Request(preamble, own, b"the body", {})
+        assert request.headers.raw == [*shared, *own, (b"content-length", b"8")]
+        echoed = await read(await transport.handle_async_request(request))
+        assert echoed == (await fetch(transport, server, "POST", b"the body", [*shared, *own])).body
+        assert echoed.count(b"content-length: 8\r\n") == 1
+
+
+@pytest.mark.parametrize("header", [(b"x-a", b"1\r\nx-b: 2"), (b"x a", b"2"), (b"x-a: 1\r\nx-b", b"2")])
+async def test_nothing_can_be_injected_beside_a_preamble(transport: Transport, header: tuple[bytes, bytes]) -> None:
+    async with serving(answering(HELLO)) as server:
+        url = httpx2.URL(server.url)
+        with pytest.raises(httpx2.LocalProtocolError):
+            Preamble("GET", url, [header])
+        with pytest.raises(httpx2.LocalProtocolError):
+            await transport.handle_async_request(Request(Preamble("GET", url, []), [header], b"", {}))
         assert server.accepted == 0
 
 

@@ -103,10 +103,10 @@ class Adapter(HTTPAdapter):
             return generate.Reply(request).read_whole(body)
         return chat.Reply(request).read_whole(body)
 
-    def decode_usage(self, headers: Mapping[str, str]) -> Usage | None:
+    def decode_usage(self, headers: Mapping[bytes, bytes]) -> Usage | None:
         """In the body, usage may be that of a first attempt to call a tool, which TGI threw away."""
-        prompt, made = headers.get("x-prompt-tokens", ""), headers.get("x-generated-tokens", "")
-        if not (prompt.isdecimal() and made.isdecimal()):
+        prompt, made = headers.get(b"x-prompt-tokens", b""), headers.get(b"x-generated-tokens", b"")
+        if not (prompt.isdigit() and made.isdigit()):
             return None
         return Usage(prompt_tokens=int(prompt), completion_tokens=int(made))
 
