@@ -21,6 +21,7 @@ from gateway.auth import Keyring, why_not_anonymous
 from gateway.errors import CannotLoad, GatewayError
 from gateway.models import Models
 from gateway.pipeline import Pipeline
+from gateway.routing import Router
 from gateway.settings import Settings, SettingsError
 from gateway.telemetry import Telemetry
 
@@ -49,7 +50,7 @@ def create_app(
     if adapters is None:
         adapters = load_adapters(settings)
     models = Models(settings, adapters)
-    pipeline = Pipeline(settings, models)
+    pipeline = Pipeline(models, Router(settings.upstreams))
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)
 

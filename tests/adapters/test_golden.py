@@ -21,6 +21,7 @@ from gateway.call import Call
 from gateway.errors import GatewayError
 from gateway.models import Models
 from gateway.pipeline import Pipeline
+from gateway.routing import Router
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS
 from gateway.schema.reading import read_request
 from gateway.settings import Model, Settings, Target, Upstream
@@ -60,7 +61,7 @@ async def exchange(case: Path) -> tuple[Any, list[Any]]:
     adapter = importlib.import_module(f"adapters.{upstream.adapter}").Adapter(upstream, transport=transport)
     model = Model(targets=[Target(upstream="upstream", model="model-1")])
     settings = Settings(upstreams={"upstream": upstream}, models={"smart": model})
-    pipeline = Pipeline(settings, Models(settings, {"upstream": adapter}))
+    pipeline = Pipeline(Models(settings, {"upstream": adapter}), Router(settings.upstreams))
     answered = []
     try:
         async for arrived in pipeline.answer(call):
