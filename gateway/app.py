@@ -5,13 +5,13 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
-from litestar import Litestar
+from litestar import Litestar, asgi
 from litestar.types import ASGIApp
 
 from gateway.adapter import Adapter, UpstreamFacts, load_adapter
 from gateway.api.cors import CORS
 from gateway.api.errors import EXCEPTION_HANDLERS
-from gateway.api.generation import generation_routes
+from gateway.api.generation import Shortcut, generation_apps
 from gateway.api.health import Readiness, health_routes
 from gateway.api.metrics import metrics_routes
 from gateway.api.models import model_routes
@@ -65,9 +65,10 @@ def create_app(
             await asyncio.gather(starting, return_exceptions=True)
             await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))
 
-    app = Litestar(
+    generating = generation_apps(keyring, pipeline, settings.server, shutdown, telemetry)
+    litestar = Litestar(
         [
-            *generation_routes(keyring, pipeline, settings.server, shutdown, telemetry),
+            *(asgi(path, copy_scope=False)(answer) for path, answer in generating.items()),
             *model_routes(keyring, models),
             *health_routes(readiness),
             *metrics_routes(keyring, telemetry.metrics, settings.telemetry),
@@ -78,6 +79,7 @@ def create_app(
         openapi_config=None,
         logging_config=None,
     )
+    app = Shortcut(litestar, generating)
     origins = settings.server.cors.origins
     return CORS(app, origins) if origins else app
 

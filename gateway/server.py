@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
@@ -137,6 +138,7 @@ class Gateway:
 
     async def serve(self, listener: socket.socket) -> None:
         """Until `stop`, and as long after it as that takes."""
+        sys.set_asyncgen_hooks(firstiter=None)  # every generator is closed by who made it: no need to list them
         config = uvicorn.Config(
             self._answer,
             interface="asgi3",

@@ -1,10 +1,10 @@
 """What do the endpoints that generate take and give: chat completions, completions, embeddings?"""
 
 import secrets
+from collections.abc import Awaitable
 
-from litestar import asgi
-from litestar.handlers import ASGIRouteHandler
-from litestar.types import Receive, Scope, Send
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.answer import Answer
 from gateway.api.body import read_body
@@ -21,13 +21,13 @@ from gateway.settings import Server
 from gateway.telemetry import Telemetry
 
 
-def generation_routes(
+def generation_apps(
     keyring: Keyring, pipeline: Pipeline, server: Server, shutdown: Shutdown, telemetry: Telemetry
-) -> list[ASGIRouteHandler]:
-    """ASGI handlers, since they read and answer by themselves: Litestar's requests would cost and add nothing."""
+) -> dict[str, ASGIApp]:
+    """An ASGI application for each path, since they read and answer by themselves."""
     clock = telemetry.clock
 
-    def route(endpoint: Endpoint) -> ASGIRouteHandler:
+    def app(endpoint: Endpoint) -> ASGIApp:
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             started = clock()
             principal: Principal | None = None
@@ -53,6 +53,18 @@ def generation_routes(
             finally:
                 telemetry.over(call)
 
-        return asgi(f"/v1/{endpoint.path}", copy_scope=False)(answer)
+        return answer
 
-    return [route(endpoint) for endpoint in ENDPOINTS]
+    return {f"/v1/{endpoint.path}": app(endpoint) for endpoint in ENDPOINTS}
+
+
+class Shortcut:
+    """Around *app*: a request for exactly one of *paths* goes straight there, which saves it a tenth of its cost."""
+
+    def __init__(self, app: ASGIApp, paths: dict[str, ASGIApp]) -> None:
+        self._app = app
+        self._paths = paths
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        app = self._paths.get(scope["path"], self._app) if scope["type"] == ScopeType.HTTP else self._app
+        return app(scope, receive, send)
