@@ -87,6 +87,12 @@ class Adapter(Protocol):
     `object` may be left out, since `gateway/stream.py` mints them. Parts that arrived together come in one list.
     Raises UpstreamError, or InvalidRequest for what this target cannot honour; before the first part, another target
     may be tried. Closing the generator cancels the generation.
+
+    One that can tell how many tokens the prompt of such a request has may do so, without an answer to it::
+
+        async def count(self, endpoint: Endpoint, request: Payload[Any], model: str) -> int
+
+    *model* is the upstream's name for it. Raises a GatewayError where that cannot be told.
     """
 
     extra_fields: frozenset[str]

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from msgspec import Struct
+
 from gateway.auth import Principal
 from gateway.errors import GatewayError
 from gateway.models import Model, Target
+from gateway.schema.chat import AnswerMessage, ChatChoice, ChunkChoice, Delta
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import Endpoint
-from gateway.schema.payload import Payload
+from gateway.schema.payload import Parts, Payload
 
 
 @dataclass(slots=True)
@@ -42,6 +45,64 @@ class Tally:
     def join(self, other: "Tally") -> None:
         self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
+
+
+class Estimate(Struct, frozen=True, gc=False):
+    """
+    How many tokens a prompt has, before its answer tells: about `tokens`, at most `upper_bound`.
+
+    `exact` where they were counted. `text_bytes`, `images` and `is_text` are what it was made of.
+    """
+
+    tokens: int
+    upper_bound: int
+    exact: bool = False
+    text_bytes: int = 0
+    images: int = 0
+    is_text: bool = False
+
+
+class Heard:
+    """What has come of an answer: its pieces of text and their bytes, in all and since an upstream last counted."""
+
+    __slots__ = ("pieces", "said_bytes", "text_bytes")
+
+    def __init__(self) -> None:
+        self.pieces = self.text_bytes = self.said_bytes = 0
+
+    def add(self, parts: Parts) -> None:
+        for part in parts:
+            for choice in getattr(part.value, "choices", ()):
+                if text := _said(choice):
+                    size = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+                    self.pieces += 1
+                    self.text_bytes += size
+                    self.said_bytes += size
+            if part.usage is not None:
+                self.pieces = self.text_bytes = 0
+
+
+def _said(choice: Any) -> str:
+    """All that a choice of a completion or a chunk says: its text, reasoning and calls of tools."""
+    if type(choice) is ChunkChoice:
+        said: Delta | AnswerMessage = choice.delta
+    elif type(choice) is ChatChoice:
+        said = choice.message
+    else:
+        text: str = choice.text
+        return text
+    text = said.content or ""
+    if said.reasoning_content or said.reasoning or said.refusal:
+        text += (said.reasoning_content or said.reasoning or "") + (said.refusal or "")
+    if said.tool_calls:
+        text += "".join(_arguments(call.get("function")) for call in said.tool_calls)
+    return text
+
+
+def _arguments(function: Any) -> str:
+    if not isinstance(function, dict):
+        return ""
+    return "".join(value for value in (function.get("name"), function.get("arguments")) if isinstance(value, str))
 
 
 GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -76,8 +137,12 @@ class Call:
 
     model: Model | None = None  # resolve
     headers: dict[str, str] = field(default_factory=dict)  # resolve: for the client
+    estimate: Estimate | None = None  # tokens: of the prompt
+    output_cap: int | None = None  # limit: tokens of a choice, where the client set no limit and one had to be set
     attempts: list[Attempt] = field(default_factory=list)  # route
-    usage: Usage | None = None  # account
+    usage: Usage | None = None  # account; tokens, where no upstream has counted
+    heard: Heard = field(default_factory=Heard)  # account
+    reckoned: bool = False  # tokens: whether `usage` is, in part or whole, a count of our own
     first_at: float | None = None  # account: when its first part arrived
     last_at: float = 0.0  # account: when its latest part did
     gaps: Tally | None = None  # account: between what arrived; None with less than two parts

@@ -15,10 +15,11 @@ LAYERS = [line.split() for line in """
     api
     pipeline
     stream telemetry limits cache routing ledger
+    tokens
     call
     models
     auth
-    adapter stores database tokens prices
+    adapter stores database prices
     transport faults
     schema
     sse text settings
