@@ -3,6 +3,7 @@ What holds for every answer, whoever gave it?
 
 * `id`, `created`, `object` and the public `model` are minted once and are the same on every chunk.
 * `usage` is there only where the client asked for it, adds up, and then is `null` on every chunk but the last.
+* No text has a stop string in it: what follows one is cut off in `stops.py`.
 * Every choice begins with its role, in the order 0, 1, 2 … (the SDK's accumulator needs that), and is finished once.
 * An answer with a choice missing or unfinished is an error: nobody takes a truncated answer for a whole one.
 
@@ -24,6 +25,7 @@ from gateway.errors import UpstreamFailed
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import CHAT
 from gateway.schema.payload import NULL, Part, Parts
+from gateway.stops import cut_at_stops
 
 ENVELOPE = ("id", "object", "created", "model")
 NOT_OURS = frozenset((*ENVELOPE, "obfuscation"))
@@ -38,6 +40,8 @@ _encode = msgspec.json.encode
 
 async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[Parts]:
     """The parts of one answer as this client may see them; raises UpstreamFailed where the answer is not whole."""
+    if call.endpoint.streams and call.request.value.stop:
+        parts = cut_at_stops(call, parts, expected_choices(call.request.value))
     async with aclosing(parts):
         if not call.endpoint.streams or not call.request.value.stream:
             async for arrived in parts:

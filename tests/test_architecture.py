@@ -15,7 +15,7 @@ LAYERS = [line.split() for line in """
     api
     pipeline
     stream telemetry limits cache routing ledger
-    tokens
+    stops tokens
     call
     models
     auth

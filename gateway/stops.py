@@ -1,0 +1,110 @@
+"""How does no stop string get into an answer, whatever its engine did with it?"""
+
+import math
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from gateway.call import Call
+from gateway.schema.endpoint import CHAT
+from gateway.schema.payload import Part, Parts
+from gateway.text import TextCutter
+
+
+def cut_at_stops(call: Call, parts: AsyncGenerator[Parts], choices: int) -> AsyncGenerator[Parts]:
+    """
+    The parts of an answer of so many *choices*, each cut at its first stop string and finished there.
+
+    Most engines cut for themselves, some leave the string in, or see it only where a token ends. One that goes on
+    behind it is closed; one that stops too is heard to the end, since it then says how many tokens that was.
+    """
+    stop = call.request.value.stop or []
+    stops = [stop] if isinstance(stop, str) else stop
+    return _cut(_Cuts(call, stops, choices), parts) if any(stops) else parts
+
+
+async def _cut(cuts: "_Cuts", parts: AsyncGenerator[Parts]) -> AsyncGenerator[Parts]:
+    async with aclosing(parts):
+        async for arrived in parts:
+            if kept := [cut for part in arrived if (cut := cuts.cut(part)) is not None]:
+                yield kept
+            if cuts.outrun:
+                return
+
+
+class _Cuts:
+    """Where the choices of one answer end. `outrun` once the engine goes on behind the ends of all of them."""
+
+    def __init__(self, call: Call, stops: list[str], choices: int) -> None:
+        self._call = call
+        self._streamed = call.streamed
+        self._text = "text" if call.endpoint is not CHAT else "content"
+        self._inside = None if call.endpoint is not CHAT else "delta" if call.streamed else "message"
+        self._stops = stops
+        self._ends: dict[int, _End] = {}
+        self._choices = choices
+        self.outrun = False
+
+    def cut(self, part: Part[Any]) -> Part[Any] | None:
+        """What is left of a part; None where that is nothing."""
+        document = msgspec.json.decode(part.wire)
+        if not document["choices"]:
+            return part
+        pairs = list(zip(part.value.choices, document["choices"], strict=True))
+        kept = [(choice, raw) for choice, raw in pairs if self._cut_choice(choice, raw)]
+        if not kept:
+            return None
+        part.value.choices[:] = [choice for choice, _ in kept]
+        document["choices"] = [raw for _, raw in kept]
+        return Part(part.value, msgspec.json.encode(document), part.usage)
+
+    def _cut_choice(self, choice: Any, raw: dict[str, Any]) -> bool:
+        """Whether anything is left of a choice, in a chunk or in a whole answer."""
+        place = raw if self._inside is None else raw[self._inside]
+        end = self._end(choice.index or 0)
+        came, was_over = place.get(self._text) or "", end.reached
+        text = end.feed(came, last=bool(choice.finish_reason) or not self._streamed)
+        if end.reached and (choice.finish_reason or not was_over):
+            choice.finish_reason = raw["finish_reason"] = "stop"
+        if was_over and came:
+            self.outrun = len(self._ends) == self._choices and all(each.reached for each in self._ends.values())
+        if text == came:
+            return True
+        place[self._text] = text
+        rest = [] if self._inside is None else [value for name, value in place.items() if name != "role"]
+        return bool(text or choice.finish_reason or choice.logprobs or any(rest) or not self._streamed)
+
+    def _end(self, index: int) -> "_End":
+        if index not in self._ends:
+            self._ends[index] = _End(self._stops, self._echoed(index))
+        return self._ends[index]
+
+    def _echoed(self, index: int) -> float:
+        """How many characters of the text are the prompt, which may have a stop string in it."""
+        asked = self._call.request.value
+        if not getattr(asked, "echo", None):
+            return 0
+        prompt = asked.prompt
+        if isinstance(prompt, list):
+            prompt = prompt[min(index // (asked.n or 1), len(prompt) - 1)]
+        return len(prompt) if isinstance(prompt, str) else math.inf  # nobody here can tell what token ids say
+
+
+class _End:
+    """Where one choice ends: behind its prompt, where that is echoed, at the first stop string."""
+
+    def __init__(self, stops: list[str], echoed: float) -> None:
+        self._cutter = TextCutter(stops)
+        self._echoed = echoed
+
+    @property
+    def reached(self) -> bool:
+        return self._cutter.hit
+
+    def feed(self, text: str, *, last: bool) -> str:
+        echo = text if len(text) <= self._echoed else text[: int(self._echoed)]
+        self._echoed -= len(echo)
+        passed = echo + self._cutter.feed(text[len(echo) :])
+        return passed + self._cutter.flush() if last else passed
