@@ -143,6 +143,9 @@ class Call:
     usage: Usage | None = None  # account; tokens, where no upstream has counted
     heard: Heard = field(default_factory=Heard)  # account
     reckoned: bool = False  # tokens: whether `usage` is, in part or whole, a count of our own
+    admitted_ms: int = 0  # limit: by the store's clock, in milliseconds since 1970
+    cache: Literal["", "hit", "miss", "shared", "bypass"] = ""  # cache
+    hits_cost: Literal["full", "cached", "free"] = "free"  # cache: which share of the price, if it is a hit or shared
     first_at: float | None = None  # account: when its first part arrived
     last_at: float = 0.0  # account: when its latest part did
     gaps: Tally | None = None  # account: between what arrived; None with less than two parts

@@ -23,6 +23,7 @@ What can go wrong, and what is the client told?
     + UpstreamTimeout            504
   x CannotRecord                 503  no room to record what would be spent
   x LimiterUnavailable           503  a limit that must hold cannot be checked
+  x LedgerFull                   503  there is no room to record it
   x ShuttingDown                 503  this process is about to end
   x InternalError                500  ours
 
@@ -185,6 +186,17 @@ class LimiterUnavailable(GatewayError):
     def __init__(self) -> None:
         super().__init__(
             "A limit of this key cannot be checked at the moment. Try again later.", headers={"retry-after": "1"}
+        )
+
+
+class LedgerFull(GatewayError):
+    status = 503
+    code = "ledger_full"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This gateway cannot record any more requests until its database is back. Try again later.",
+            headers={"retry-after": "5"},
         )
 
 

@@ -19,11 +19,11 @@ LAYERS = [line.split() for line in """
     call
     models
     auth
-    adapter stores database prices
-    transport faults
+    adapter stores database
+    transport faults prices
     schema
     sse text settings
-    errors interrupt
+    errors interrupt journal
 """.strip().splitlines()]  # fmt: skip
 """From the top; a module imports only from lines below its own, and from its own package."""
 

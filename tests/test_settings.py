@@ -80,6 +80,7 @@ WRONG = [
     ("9000", "90000", "2: server.port: expected int <= 65535"),
     ("port: 9000", "hold_s: 0", "2: server.hold_s: expected float > 0.0"),
     ("port: 9000", "hold_s: .inf", "2: server.hold_s: expected float <= 86400.0"),
+    ("port: 9000", "hold_s: .nan", "2: .nan is no number"),
     ("port: 9000", "hold_s: 1e1", "2: server.hold_s: expected float, got str"),
     ("\n  port: 9000", "", "1: server: expected object, got null"),
     ("\n  port: 9000", " [1]", "1: server: expected object, got array"),

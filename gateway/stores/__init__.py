@@ -144,9 +144,9 @@ class LimitStore(Protocol):
     """
     Counters that are reserved from before a request is dispatched, and settled after.
 
-    For each request: `admit` (again if its answer was lost), `heartbeat` every 10 s while it is under way, and `settle`,
-    whatever came of it, unless it was denied. Also when `admit` raised or was cancelled: the reservation may exist all
-    the same. Then `recorded`, when its row is in the ledger.
+    For each request: `admit` (again if its answer was lost), `heartbeat` every 10 s while it is under way, and
+    `settle`, whatever came of it, unless it was denied. Also when `admit` raised or was cancelled: the reservation may
+    exist all the same. Then `recorded`, when its row is in the ledger.
     """
 
     counts: StoreCounts
