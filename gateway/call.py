@@ -29,7 +29,7 @@ class Attempt:
 
 
 class Tally:
-    """Seconds, counted by size: how many are up to each of *bounds*, and how many above all."""
+    """Numbers, mostly of seconds, counted by size: how many are up to each of *bounds*, and how many above all."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -38,9 +38,9 @@ class Tally:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds, seconds)] += 1
-        self.total += seconds
+    def add(self, number: float) -> None:
+        self.counts[bisect_left(self.bounds, number)] += 1
+        self.total += number
 
     def join(self, other: "Tally") -> None:
         self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]

@@ -5,7 +5,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,10 @@ class Tokens:
     def load(self) -> None:
         """Begins to load the encodings that models name, and does not wait for it."""
         self._encodings.load()
+
+    async def loaded(self) -> None:
+        """Waits until it is known which encodings there are."""
+        await self._encodings.loaded()
 
     def close(self) -> None:
         self._encodings.close()
@@ -368,12 +372,15 @@ class _Encodings:
         self._names = names
         self._loaded: dict[str, tiktoken.Encoding] = {}
         self._thread = ThreadPoolExecutor(1, "suiron.tokens") if names else None
+        self._loading: list[Future[None]] = []
         self._waiting = 0
 
     def load(self) -> None:
         if self._thread is not None:
-            for name in self._names:
-                self._thread.submit(self._load, name)
+            self._loading = [self._thread.submit(self._load, name) for name in sorted(self._names)]
+
+    async def loaded(self) -> None:
+        await asyncio.gather(*map(asyncio.wrap_future, self._loading))
 
     def close(self) -> None:
         if self._thread is not None:
@@ -406,7 +413,7 @@ class _Encodings:
             self._loaded[name] = _encoding(name)
         except Exception as exc:  # tiktoken and its plugins raise what they like
             logger.warning(
-                "no encoding %s, so its tokens are estimated: %s. Is its table in TIKTOKEN_CACHE_DIR?",
+                "encoding %s cannot be loaded, so its tokens are estimated: %s (tables belong in TIKTOKEN_CACHE_DIR)",
                 name,
                 exc,
             )

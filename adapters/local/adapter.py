@@ -13,6 +13,7 @@ from adapters.local.process import EngineProcess
 from gateway.adapter import Dispatch, ModelFacts, Patience, UpstreamFacts
 from gateway.schema.chat import ChatRequest
 from gateway.schema.completions import CompletionRequest
+from gateway.schema.endpoint import CHAT, Endpoint
 from gateway.schema.payload import Parts, Payload
 from gateway.settings import SettingsError, Upstream
 
@@ -45,6 +46,10 @@ class Adapter:
 
     def complete(self, request: Payload[CompletionRequest], dispatch: Dispatch) -> AsyncGenerator[Parts]:
         return self._answer(ask_completion, request, dispatch, CompletionWording())
+
+    async def count(self, endpoint: Endpoint, request: Payload[Any], model: str) -> int:
+        """Tokens of the prompt. Raises a GatewayError where the model would not take it."""
+        return await self.engine.count((ask_chat if endpoint is CHAT else ask_completion)(request))
 
     async def _answer(
         self, ask: Callable[[Payload[Any]], Generate], request: Payload[Any], dispatch: Dispatch, wording: Wording

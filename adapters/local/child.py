@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from adapters.local.frames import COMMANDS, Cancel, Failed, Generate, LoadFailed, Loading, Report, encode
+from adapters.local.frames import COMMANDS, Cancel, Counted, Failed, Generate, LoadFailed, Loading, Report, encode
 from adapters.local.options import Options
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NICENESS = 5
 
-Inbox = SimpleQueue[tuple[Generate, "list[Prompt]"] | Cancel | Failed]
+Inbox = SimpleQueue[tuple[Generate, "list[Prompt]"] | Cancel | Counted | Failed]
 
 
 class Pipe:
@@ -100,11 +100,14 @@ def read_commands(stdin: BinaryIO, reader: "Future[PromptReader]", inbox: Inbox)
         os._exit(0)
 
 
-def read(request: Generate, reader: "PromptReader") -> "tuple[Generate, list[Prompt]] | Failed":
+def read(request: Generate, reader: "PromptReader") -> "tuple[Generate, list[Prompt]] | Counted | Failed":
     from adapters.local.prompts import Refused
 
     try:
-        return request, reader.read(request)
+        prompts = reader.read(request)
+        if request.counting:
+            return Counted(request.id, sum(len(prompt.ids) for prompt in prompts))
+        return request, prompts
     except Refused as exc:
         return exc.failure
     except Exception as exc:
@@ -118,7 +121,7 @@ def serve(desk: "Desk", inbox: Inbox, pipe: Pipe) -> None:
             command = inbox.get()
             if isinstance(command, Cancel):
                 desk.cancel(command.id)
-            elif isinstance(command, Failed):
+            elif isinstance(command, Counted | Failed):
                 pipe.send(command)
             else:
                 desk.submit(*command)

@@ -27,9 +27,11 @@ class Generate(Struct, kw_only=True, omit_defaults=True, tag="generate"):
 
     `n` choices for each prompt, with consecutive seeds. `max_tokens` None: up to the context. `echo`: each text begins
     with its prompt.
+    `counting`: nothing is generated, and the answer is `Counted`.
     """
 
     id: int
+    counting: bool = False
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
     prompts: list[str | list[int] | None] = []
@@ -100,6 +102,13 @@ class Step(Struct, tag="step"):
     pieces: list[Piece]
 
 
+class Counted(Struct, tag="counted"):
+    """Tokens of the prompts of a request that only asked for that."""
+
+    id: int
+    tokens: int
+
+
 class Failed(Struct, kw_only=True, tag="failed"):
     """A request ended with an error: the client's (`invalid`, `context`) or the engine's (`failed`)."""
 
@@ -110,7 +119,7 @@ class Failed(Struct, kw_only=True, tag="failed"):
     code: str | None = None
 
 
-Report = Loading | Ready | LoadFailed | Step | Failed
+Report = Loading | Ready | LoadFailed | Step | Counted | Failed
 
 
 def encode(frame: Command | Report) -> bytes:

@@ -17,6 +17,7 @@ from adapters.local.frames import (
     REPORTS,
     Cancel,
     Command,
+    Counted,
     Failed,
     Generate,
     LoadFailed,
@@ -55,6 +56,7 @@ class EngineProcess:
         self._on_progress = on_progress
         self._ids = itertools.count()
         self._mailboxes: dict[int, Mailbox] = {}
+        self._counts: dict[int, asyncio.Future[int]] = {}
         self._waiting: set[int] = set()
         self._supervisor: asyncio.Task[None] | None = None
         self._process: Process | None = None
@@ -107,6 +109,20 @@ class EngineProcess:
         finally:
             if self._forget(request.id):
                 await self._send(Cancel(request.id))
+
+    async def count(self, request: Generate) -> int:
+        """Tokens of all its prompts. Raises what `generate` does."""
+        self._admit()
+        request.id, request.counting = next(self._ids), True
+        counted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._counts[request.id] = counted
+        self._waiting.add(request.id)
+        try:
+            await self._send(request)
+            return await counted
+        finally:
+            self._waiting.discard(request.id)
+            del self._counts[request.id]
 
     def _admit(self) -> None:
         self.start()
@@ -197,6 +213,9 @@ class EngineProcess:
                 by_request.setdefault(piece.id, []).append(piece)
             for id, pieces in by_request.items():
                 self._deliver(id, pieces)
+        elif isinstance(report, Counted):
+            if (counted := self._counts.get(report.id)) and not counted.done():
+                counted.set_result(report.tokens)
         elif isinstance(report, Failed):
             self._deliver(report.id, _error(report))
             self._forget(report.id)
@@ -215,9 +234,11 @@ class EngineProcess:
         self._waiting.discard(id)
         if mailbox := self._mailboxes.get(id):
             mailbox.put_nowait(arrived)
+        if isinstance(arrived, Exception) and (counted := self._counts.get(id)) and not counted.done():
+            counted.set_exception(arrived)
 
     def _fail_all(self) -> None:
-        for id in list(self._mailboxes):
+        for id in [*self._mailboxes, *self._counts]:
             self._deliver(id, errors.UpstreamFailed("The model's process ended before its answer was complete."))
             self._forget(id)
 

@@ -15,7 +15,7 @@ from adapters.tgi.faults import Overflow, ToolCutShort, fault_in
 from adapters.tgi.merging import Tally, gathered, merged
 from adapters.tgi.options import Options
 from gateway.adapter import Dispatch, HTTPAdapter, ModelFacts, Outgoing, UpstreamFacts
-from gateway.errors import GatewayError, InvalidRequest, UpstreamError
+from gateway.errors import GatewayError, InvalidRequest, UpstreamError, UpstreamFailed
 from gateway.schema.chat import ChatChunk, ChatRequest
 from gateway.schema.common import Usage
 from gateway.schema.completions import Completion, CompletionRequest
@@ -73,6 +73,19 @@ class Adapter(HTTPAdapter):
 
     def embed(self, request: Payload[EmbeddingRequest], dispatch: Dispatch) -> AsyncGenerator[Parts]:
         raise InvalidRequest("This model does not serve /v1/embeddings.", param="model", code="unsupported_endpoint")
+
+    async def count(self, endpoint: Endpoint, request: Payload[Any], model: str) -> int:
+        """Tokens of the prompt, as TGI's routes for it say. Raises a GatewayError where that cannot be told."""
+        dispatch = Dispatch(model=model, request_id="", attempt=0, tenant="", deadline=0, timeouts=self.timeouts)
+        if endpoint is CHAT:
+            asked: Sequence[Asked[Any]] = chat.exchanges(request, dispatch)
+        else:
+            asked = generate.exchanges(request, dispatch, self._options)
+        prompts = Tally(asked).uncounted()
+        counts = await asyncio.gather(*(self._prompt_tokens(endpoint, each, dispatch) for each in prompts))
+        if 0 in counts:
+            raise UpstreamFailed("The upstream does not count tokens.")
+        return sum(counts)
 
     async def probe(self) -> UpstreamFacts:
         try:

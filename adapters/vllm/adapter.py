@@ -9,8 +9,10 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from adapters.vllm.asking import (
+    COUNTED,
     DROPPED,
     GUIDED,
+    MOST_COUNTED,
     SAMPLING,
     TEMPLATE,
     TOKENIZING,
@@ -21,11 +23,12 @@ from adapters.vllm.asking import (
     write_chat,
     write_completion,
     write_sampling,
+    write_tools,
 )
 from adapters.vllm.drawing import Draw, Tally
 from adapters.vllm.mending import mend_delta, mend_message, reason_of
 from gateway.adapter import Dispatch, HTTPAdapter, Outgoing, UpstreamFacts, until_done
-from gateway.errors import GatewayError, InvalidRequest, UpstreamError
+from gateway.errors import GatewayError, InvalidRequest, UpstreamError, UpstreamFailed
 from gateway.faults import read_fault
 from gateway.schema.common import Object, Usage
 from gateway.schema.endpoint import CHAT, EMBEDDINGS, Endpoint
@@ -35,6 +38,10 @@ from gateway.sse import Event
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NO_TOOLS = re.compile(r"--enable-auto-tool-choice|--tool-call-parser|tool_choice.*requires.*parser")
+
+
+class _Counted(msgspec.Struct):
+    count: int
 
 
 class Adapter(HTTPAdapter):
@@ -53,6 +60,26 @@ class Adapter(HTTPAdapter):
         except (UpstreamError, msgspec.MsgspecError):
             version = None  # behind a proxy that passes on only /v1
         return UpstreamFacts(kind="vLLM", version=version, models=models)
+
+    async def count(self, endpoint: Endpoint, request: Payload[Any], model: str) -> int:
+        """Tokens of the prompt, as `/tokenize` says. Raises a GatewayError where that cannot be told."""
+        fields = {name: raw for name, raw in self.allowed_fields(endpoint, request).items() if name in COUNTED}
+        if endpoint is CHAT:
+            check_chat(request.value, self._options)
+            write_tools(fields, request.value)
+            return await self._count(fields | {"model": model})
+        asked = request.value.input if endpoint is EMBEDDINGS else request.value.prompt
+        texts = [asked] if isinstance(asked, str) else asked
+        if not texts or not all(isinstance(text, str) for text in texts) or len(texts) > MOST_COUNTED:
+            raise InvalidRequest("This prompt is not counted here.", param=endpoint.asks)
+        return sum([await self._count(fields | {"model": model, "prompt": text}) for text in texts])
+
+    async def _count(self, fields: Object) -> int:
+        said = await self.post("../tokenize", encode_fields(fields), self.timeouts.first_token_s)
+        try:
+            return msgspec.json.decode(said, type=_Counted).count
+        except msgspec.MsgspecError as exc:
+            raise UpstreamFailed("The upstream's count of tokens could not be understood.") from exc
 
     def encode(self, endpoint: Endpoint, request: Payload[Any], dispatch: Dispatch) -> Outgoing:
         asked = request.value

@@ -40,6 +40,9 @@ DROPPED = frozenset(
     "best_of max_tokens modalities n service_tier stream_options suffix verbosity".split() + UNSUPPORTED
 )
 """What is refused if it asks for anything, or written anew; and hints that vLLM does not take."""
+COUNTED = (TEMPLATE | {"add_special_tokens", "messages", "tools"}) - {"include_reasoning"}
+MOST_COUNTED = 8
+"""What makes a prompt, beside its text; and texts in one request that are worth the exchanges to count each."""
 LEAST_TOP_P = 1e-6
 STREAMED = {"include_usage": True, "continuous_usage_stats": True}
 
@@ -88,6 +91,10 @@ def write_chat(fields: Object, asked: ChatRequest, context_tokens: int | None) -
         fields["max_completion_tokens"] = min(asked.limit, context_tokens or asked.limit)
     if asked.response_format is not None and asked.response_format.type == "text":
         del fields["response_format"]
+    write_tools(fields, asked)
+
+
+def write_tools(fields: Object, asked: ChatRequest) -> None:
     if not asked.tools or asked.tool_choice == "none":  # vLLM shows them to the model all the same
         for name in ("tools", "tool_choice", "parallel_tool_calls"):
             fields.pop(name, None)

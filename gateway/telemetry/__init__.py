@@ -55,7 +55,8 @@ class Telemetry:
         if call.attempts and isinstance(error, UpstreamError):
             call.attempts[-1].error = error  # one that was found out behind the last part, too
         record = self._record(call)
-        self.metrics.over(record, call.gaps)
+        estimate = None if call.reckoned else call.estimate
+        self.metrics.over(record, call.gaps, None if estimate is None else estimate.tokens)
         for attempt in call.attempts:
             if isinstance(attempt.error, UpstreamError):
                 self.metrics.upstream_failed(attempt.target.label, attempt.error)

@@ -27,6 +27,7 @@ SHARED = "PROMETHEUS_MULTIPROC_DIR"
 
 WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 OWN_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01, 1.05, 1.1, 1.2, 1.4, 2, 4)
 LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
@@ -52,9 +53,10 @@ class _Series:
         self.first_token = Tally(WAIT_S)
         self.between_tokens = Tally(GAPS_S)
         self.overhead = Tally(OWN_S)
+        self.estimates = Tally(RATIOS)
         self.prompt = self.completion = self.cached = 0
 
-    def count(self, record: Record, gaps: Tally | None) -> None:
+    def count(self, record: Record, gaps: Tally | None, estimated: int | None) -> None:
         self.duration.add(record.total_ms / 1000)
         if record.overhead_ms is not None:
             self.overhead.add(record.overhead_ms / 1000)
@@ -64,6 +66,8 @@ class _Series:
             self.between_tokens.join(gaps)
         if record.prompt_tokens is not None and record.completion_tokens is not None:
             self.prompt += max(0, record.prompt_tokens)  # an upstream may say anything
+            if estimated is not None and record.prompt_tokens > 0:
+                self.estimates.add(estimated / record.prompt_tokens)
             self.completion += max(0, record.completion_tokens)
             if record.cached_tokens is not None:
                 self.cached += max(0, record.cached_tokens)
@@ -126,6 +130,13 @@ class Metrics:
             registry=registry,
             buckets=OWN_S,
         )
+        self.estimates = Distribution(
+            "suiron_token_estimate_error",
+            "Tokens that a prompt was estimated to have, for each that the upstream counted: 1 is right.",
+            ("model",),
+            registry=registry,
+            buckets=RATIOS,
+        )
         self.tokens = Counter("suiron_tokens", "Tokens, as upstreams say.", ("model", "kind"), registry=registry)
         self.upstream_errors = Counter(
             "suiron_upstream_errors",
@@ -150,14 +161,14 @@ class Metrics:
     def begun(self, model: str) -> None:
         self._flying[model] = self._flying.get(model, 0) + 1
 
-    def over(self, record: Record, gaps: Tally | None) -> None:
-        """A request that had begun is over."""
+    def over(self, record: Record, gaps: Tally | None, estimated: int | None = None) -> None:
+        """A request that had begun is over; its prompt was *estimated* to have so many tokens, if an upstream knows."""
         self._flying[record.model] -= 1
         self.refused(record)
         if record.target is not None:
             key = (record.model, record.target)
             series = self._series.get(key) or self._series.setdefault(key, _Series())
-            series.count(record, gaps)
+            series.count(record, gaps, estimated)
 
     def refused(self, record: Record) -> None:
         """A request is over that never began."""
@@ -185,6 +196,8 @@ class Metrics:
             if any(series.first_token.counts):  # there was a stream
                 self.first_token.labels(model, target).take(series.first_token)
                 self.between_tokens.labels(model, target).take(series.between_tokens)
+            if any(series.estimates.counts):
+                self.estimates.labels(model).take(series.estimates)
             self.tokens.labels(model, "prompt").inc(series.prompt)
             self.tokens.labels(model, "completion").inc(series.completion)
             self.tokens.labels(model, "cached").inc(series.cached)

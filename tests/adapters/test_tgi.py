@@ -19,7 +19,7 @@ from adapters.tgi.cut import Cut
 from adapters.tgi.merging import merged
 from gateway.adapter import Dispatch, ModelFacts, UpstreamFacts
 from gateway.errors import Overloaded, UpstreamFailed
-from gateway.schema.endpoint import CHAT
+from gateway.schema.endpoint import CHAT, COMPLETIONS
 from gateway.schema.payload import Part, Parts
 from gateway.schema.reading import read_request
 from gateway.settings import Model, Settings, SettingsError, Target, Timeouts, Upstream
@@ -886,3 +886,19 @@ async def test_the_courses_curl_gets_an_event_stream(course: tuple[str, TGI]) ->
 
     assert response.headers["content-type"].startswith("text/event-stream")
     assert text_of(events_of(response.content)) == "One, two"
+
+
+async def test_a_prompt_is_counted_by_tgi(stage: Stage) -> None:
+    adapter = Adapter(stage.server.settings("tgi"))
+    counted = [
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}] * 2, "n": 3}, 2),
+        (COMPLETIONS, {"prompt": "Water is wet", "max_tokens": 3}, 3),
+        (COMPLETIONS, {"prompt": ["Water is", "wet"], "n": 2}, 3),
+    ]
+    for endpoint, members, count in counted:
+        request, _ = read_request(endpoint, json.dumps({"model": "smart", **members}).encode())
+        assert await adapter.count(endpoint, request, "org/small") == count
+    request, _ = read_request(COMPLETIONS, json.dumps({"model": "smart", "prompt": ""}).encode())
+    with pytest.raises(UpstreamFailed):
+        await adapter.count(COMPLETIONS, request, "org/small")
+    await adapter.aclose()

@@ -464,3 +464,35 @@ async def test_a_request_id_says_which_attempt_it_is() -> None:
     with pytest.raises(GatewayError):
         await anext(adapter.chat(a_call(CHAT).request, DISPATCH))
     assert transport.headers["x-request-id"] == "r-2"
+
+
+COUNTS: list[tuple[Endpoint, Document, list[Document], int]] = [
+    (CHAT, {"temperature": 0, "tools": [TOOL]}, [{"messages": ASKED[CHAT]["messages"], "tools": [TOOL]}], 7),
+    (CHAT, {"tools": [TOOL], "tool_choice": "none"}, [{"messages": ASKED[CHAT]["messages"]}], 7),
+    (COMPLETIONS, {"max_tokens": 5}, [{"prompt": "Hi"}], 7),
+    (COMPLETIONS, {"prompt": ["Hi", "Ho"]}, [{"prompt": "Hi"}, {"prompt": "Ho"}], 14),
+    (EMBEDDINGS, {}, [{"prompt": "Hi"}], 7),
+]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("endpoint", "changes", "wanted", "count"), COUNTS)
+async def test_a_prompt_is_counted_by_vllm(
+    endpoint: Endpoint, changes: Document, wanted: list[Document], count: int
+) -> None:
+    async with upstream(json_reply({"count": 7, "max_model_len": 99, "tokens": [1] * 7})) as server:
+        adapter = Adapter(Upstream(adapter="vllm", base_url=f"http://127.0.0.1:{server.port}/v1"))
+        assert await adapter.count(endpoint, a_call(endpoint, **changes).request, "model-1") == count
+        assert [request.path for request in server.requests] == ["/tokenize"] * len(wanted)
+        assert [request.json for request in server.requests] == [{"model": "model-1", **body} for body in wanted]
+        await adapter.aclose()
+
+
+@pytest.mark.anyio
+async def test_what_vllm_does_not_count_is_an_error() -> None:
+    async with upstream(json_reply({"object": "error"}, 404)) as server:
+        adapter = Adapter(Upstream(adapter="vllm", base_url=f"http://127.0.0.1:{server.port}/v1"))
+        for call in (a_call(CHAT), a_call(COMPLETIONS, prompt=["Hi"] * 9)):
+            with pytest.raises(GatewayError):
+                await adapter.count(call.endpoint, call.request, "model-1")
+        await adapter.aclose()

@@ -276,3 +276,23 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+async def test_a_prompt_is_counted_as_the_answer_to_it_counts_it(adapter: Adapter) -> None:
+    asked: list[tuple[Endpoint, dict[str, Any]]] = [
+        (CHAT, {"messages": HELLO}),
+        (COMPLETIONS, {"prompt": "Hello, world"}),
+        (COMPLETIONS, {"prompt": ["Hello", "world"]}),
+        (COMPLETIONS, {"prompt": [1, 2, 3]}),
+    ]
+    for endpoint, members in asked:
+        request, _ = read_request(endpoint, msgspec.json.encode({"model": "tiny", **members}))
+        answered = await whole(adapter, endpoint, max_tokens=1, **members)
+        assert await adapter.count(endpoint, request, "tiny") == answered.usage.prompt_tokens
+
+
+async def test_what_cannot_be_read_is_not_counted_either(adapter: Adapter) -> None:
+    request, _ = read_request(COMPLETIONS, msgspec.json.encode({"model": "tiny", "prompt": [2**31 - 1]}))
+    with pytest.raises(errors.InvalidRequest):
+        await adapter.count(COMPLETIONS, request, "tiny")
+    assert not adapter.engine._counts
