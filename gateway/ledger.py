@@ -17,6 +17,7 @@ from types import TracebackType
 import msgspec
 from msgspec import Struct
 
+from gateway import settings
 from gateway.call import Attempt, Call
 from gateway.database import Database, DatabaseUnavailable, Kind, Metric, Unwritable
 from gateway.database.record import Outcome, UsageRecord, decode, encode
@@ -29,9 +30,10 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamTimeout,
 )
-from gateway.journal import MAX_INTENT, MAX_OUTCOME, Journal, JournalFull
+from gateway.journal import MAX_INTENT, MAX_OUTCOME, CannotJournal, Journal, JournalFull, adopt, create
 from gateway.prices import Prices
 from gateway.schema.common import Usage
+from gateway.settings import SettingsError
 
 ROWS = 200
 WAIT_S = 0.1
@@ -220,6 +222,32 @@ class Ledger:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
+
+
+def open_ledger(database: settings.Database) -> Ledger:
+    """
+    The ledger of the configured database, with what dead processes left in its journals.
+
+    A PostgreSQL that is away is waited for. Raises SettingsError where it can never be written to.
+    """
+    if database.url is None:
+        return Ledger()
+    from gateway.database.opening import identity, journal_directory, open_database  # SQLAlchemy has 30 MB
+
+    opened = open_database(database)
+    try:
+        opened.prepare()
+    except DatabaseUnavailable as exc:
+        logger.error("%s; until it is there, up to %d requests wait in the journal", exc, database.journal_mib * 512)
+    directory, owner, slots = journal_directory(database), identity(database), database.journal_mib * 512
+    try:
+        found, others = adopt(directory, owner)
+        own = next((journal for journal in found if journal.slots == slots), None) or create(directory, owner, slots)
+    except CannotJournal as exc:
+        raise SettingsError(f"database.journal: {exc}") from None
+    for path in others:
+        logger.warning("%s belongs to another database than %s and is left alone", path, database.url)
+    return Ledger(opened, own, [journal for journal in found if journal is not own])
 
 
 class Entry:

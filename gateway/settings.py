@@ -264,11 +264,13 @@ class Database(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     Where the ledger is: `sqlite:///path` or `postgresql://…`; null for what `suiron serve` takes by default.
 
     `journal` is the directory of what is under way, which must survive a crash; null for beside the database.
+    `journal_mib` is its room: 512 requests a MiB, under way or waiting for a database that is away.
     """
 
     url: str | None = None
     password: Secret | None = None
     journal: str | None = None
+    journal_mib: Annotated[int, Meta(ge=1, le=4096)] = 64
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
