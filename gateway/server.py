@@ -1,45 +1,35 @@
-"""How does the gateway listen, how do answers leave, and how does it end?"""
+"""How does the gateway listen, and how does it end?"""
 
 import asyncio
 import contextlib
-import enum
 import errno
 import gc
-import ipaddress
 import logging
-import math
 import os
 import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from email.utils import formatdate
 from typing import Any
 
-import uvicorn
-from uvicorn.lifespan.on import LifespanOn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
-from uvicorn.server import ServerState
-
-from gateway.api.errors import ErrorResponse, unexpected
+from gateway.api.errors import unexpected
 from gateway.api.shutdown import Shutdown
-from gateway.auth import client_address, is_loopback
-from gateway.errors import GatewayError, HeadersTooLarge, InvalidRequest, Overloaded, RequestTimeout, ShuttingDown
+from gateway.auth import is_loopback
+from gateway.connection import ASGIApp, Connection, Connections
+from gateway.errors import ShuttingDown
 from gateway.settings import Server, SettingsError
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # there is none for Windows
+    from asyncio import new_event_loop  # type: ignore[assignment]
 
 logger = logging.getLogger("suiron")
 
-ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
-
-IDLE_S = 75.0  # longer than clients keep an idle connection, so that none is closed under a request
-LINGER_S = 1.0  # a refused client is heard out for so long: closed at once, it might not see why
 SILENT_S = 15  # a peer that was silent for so long is asked whether it is there, and gone after three times no answer
-MAX_HEAD_BYTES = 64 * 1024
-MAX_HELD_BYTES = 64 * 1024
-BODY_HEADERS = (b"content-length", b"transfer-encoding")
-NO_UPGRADE = "This server speaks HTTP/1.1 only: do not ask to upgrade (in Java: HttpClient.Version.HTTP_1_1)."
 BACKLOG = 2048
 AT_ONCE = 64  # connections accepted in one turn of the event loop
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -79,7 +69,7 @@ def run(app: ASGIApp, listener: socket.socket, settings: Server, shutdown: Shutd
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it again
     gc.set_threshold(*GC_THRESHOLDS)
-    with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.get_loop().add_signal_handler(signal.SIGTERM, gateway.stop)
         runner.get_loop().add_signal_handler(signal.SIGINT, gateway.stop, 0.0)  # whoever presses Ctrl-C waits for it
         runner.run(gateway.serve(listener))
@@ -112,12 +102,10 @@ class Gateway:
     def __init__(self, app: ASGIApp, settings: Server, shutdown: Shutdown, *, room: int = 100_000) -> None:
         self.settings = settings
         self.shutdown = shutdown
-        self.trusted = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
-        self.connections: set[Connection] = set()
         self.started = asyncio.Event()
         self._app = app
         self._room = room
-        self._state = ServerState()
+        self._connections = Connections(app, settings, shutdown, self._left)
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
         self._empty = asyncio.Event()
@@ -139,80 +127,54 @@ class Gateway:
     async def serve(self, listener: socket.socket) -> None:
         """Until `stop`, and as long after it as that takes."""
         sys.set_asyncgen_hooks(firstiter=None)  # every generator is closed by who made it: no need to list them
-        config = uvicorn.Config(
-            self._answer,
-            interface="asgi3",
-            lifespan="on",
-            ws="none",
-            log_config=None,
-            log_level=logging.ERROR,
-            access_log=False,
-            proxy_headers=False,
-        )
-        lifespan = LifespanOn(config)
-        await lifespan.startup()
-        if lifespan.should_exit:
+        lifespan = Lifespan(self._app)
+        if not await lifespan.begin():
             return
         self._tell_the_time()
-        self._entrance = Entrance(self, listener, lambda: Connection(self, config, self._state, lifespan.state))
+        self._entrance = Entrance(self, listener, lambda: Connection(self._connections))
         self.started.set()
         await self._stopping.wait()
         await self._end()
         self._clock.cancel()
-        await lifespan.shutdown()
+        await lifespan.end()
 
     async def _end(self) -> None:
         self.shutdown.begin()
-        for connection in self.connections:
+        everybody, tasks = self._connections.open, self._connections.tasks
+        for connection in everybody:
             connection.close_after_answer()
         await _first_of(self._hurried, within_s=self._drain_delay_s)
         await self._entrance.close()
-        for connection in [*self.connections]:
+        for connection in [*everybody]:
             connection.close_if_idle()
-        if running := len(self._state.tasks):
+        if running := len(tasks):
             logger.info("waiting for %d requests to end; a second signal ends them now", running)
         await self._until_empty(self.settings.grace_s, self._hurried)
         self.shutdown.cut()
-        for connection in [*self.connections]:
+        for connection in [*everybody]:
             connection.refuse_body(ShuttingDown())
         await self._until_empty(CUT_S)
-        for connection in [*self.connections]:
+        for connection in [*everybody]:
             connection.transport.abort()
-        if self._state.tasks:
-            await asyncio.wait(self._state.tasks, timeout=CUT_S)
+        if tasks:
+            await asyncio.wait(tasks, timeout=CUT_S)
 
     async def _until_empty(self, seconds: float, *unless: asyncio.Event) -> None:
-        if self.connections:
+        if self._connections.open:
+            self._empty.clear()
             await _first_of(self._empty, *unless, within_s=seconds)
 
     def has_room(self, coming: int) -> bool:
-        return len(self.connections) + coming < self._room
+        return len(self._connections.open) + coming < self._room
 
-    def joined(self, connection: "Connection") -> None:
-        self.connections.add(connection)
-        self._empty.clear()
-
-    def left(self, connection: "Connection") -> None:
-        self.connections.discard(connection)
-        if not self.connections:
+    def _left(self) -> None:
+        if not self._connections.open:
             self._empty.set()
         self._entrance.open()
 
-    def is_full(self) -> bool:
-        limit = self.settings.max_connections
-        return limit is not None and len(self.connections) > limit
-
     def _tell_the_time(self) -> None:
-        self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+        self._connections.date = f"date: {formatdate(time.time(), usegmt=True)}\r\n".encode()
         self._clock = asyncio.get_running_loop().call_later(1.0, self._tell_the_time)
-
-    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await self._app(scope, receive, send)
-        except Exception as exc:
-            if scope["type"] != "http":
-                raise
-            await ErrorResponse(unexpected(exc)).send(send)
 
 
 async def _first_of(*events: asyncio.Event, within_s: float) -> None:
@@ -220,6 +182,39 @@ async def _first_of(*events: asyncio.Event, within_s: float) -> None:
     await asyncio.wait(waits, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
+
+
+class Lifespan:
+    """An ASGI application's own beginning and end, for which it has a task."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._asked: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def begin(self) -> bool:
+        """Whether it did."""
+        self._task = asyncio.create_task(self._run())
+        return await self._ask("lifespan.startup")
+
+    async def end(self) -> None:
+        await self._ask("lifespan.shutdown")
+        await self._task
+
+    async def _ask(self, what: str) -> bool:
+        self._asked.put_nowait({"type": what})
+        said = await self._said.get()
+        if said["type"] == f"{what}.complete":
+            return True
+        logger.error("%s failed: %s", what, said.get("message"))
+        return False
+
+    async def _run(self) -> None:
+        try:
+            await self._app({"type": "lifespan", "asgi": {"version": "3.0"}}, self._asked.get, self._said.put)
+        except Exception as exc:
+            unexpected(exc)
+        self._said.put_nowait({"type": "over", "message": "the application has ended"})
 
 
 class Entrance:
@@ -285,259 +280,3 @@ class Entrance:
         self._listener.close()
         if self._coming:
             await asyncio.wait(self._coming)
-
-
-class Reading(enum.Enum):
-    NOTHING = enum.auto()
-    HEAD = enum.auto()
-    BODY = enum.auto()
-
-
-class Connection(HttpToolsProtocol):
-    """
-    uvicorn's, with a deadline for whatever a client can be slow at, and OpenAI's error for what is not HTTP.
-
-    One timer, armed anew only when it rings early, does for all the requests of a connection.
-    """
-
-    transport: "Corked"  # type: ignore[assignment]
-
-    def __init__(self, gateway: Gateway, config: uvicorn.Config, state: ServerState, app_state: dict[str, Any]) -> None:
-        super().__init__(config, state, app_state)
-        self._gateway = gateway
-        self._settings = gateway.settings
-        self._shutdown = gateway.shutdown
-        self._trusted = gateway.trusted
-        self._reading = Reading.NOTHING
-        self._head_bytes = 0
-        self._arrived_bytes = 0
-        self._active: RequestResponseCycle | None = None
-        self._fault: GatewayError | None = None
-        self._surplus = False
-        self._due = math.inf
-        self._timer: asyncio.TimerHandle | None = None
-        self._stall: asyncio.TimerHandle | None = None
-
-    # What the transport tells.
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Corked(transport, self.loop, self._settings.write_stall_s))  # type: ignore[arg-type]
-        self._gateway.joined(self)
-        self._surplus = self._gateway.is_full()
-        self._expect(self._settings.header_timeout_s)
-
-    def data_received(self, data: bytes) -> None:
-        if self._fault is not None:
-            return
-        in_pieces = self._reading is Reading.HEAD
-        self._arrived_bytes = len(data)
-        super().data_received(data)
-        if in_pieces and self._reading is Reading.HEAD:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and self._fault is None:
-                self._refuse(_head_too_large())
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stall = self.loop.call_later(self._settings.write_stall_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._stall is not None:
-            self._stall.cancel()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._active is not None and not self._active.response_complete:
-            self._active.disconnected = True  # uvicorn tells only the last request of a pipeline
-            self._active.message_event.set()
-        super().connection_lost(exc)
-        for timer in (self._timer, self._stall):
-            if timer is not None:
-                timer.cancel()
-        self._gateway.left(self)
-
-    # What the parser tells.
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._reading = Reading.HEAD
-        self._head_bytes = 0
-        self._expect(self._settings.header_timeout_s)
-
-    def on_headers_complete(self) -> None:
-        if self._head_bytes + self._arrived_bytes > MAX_HEAD_BYTES:  # perhaps: what arrived may be more than the head
-            self._measure_head()
-        upgrades = self.parser.should_upgrade()
-        if upgrades and any(name in BODY_HEADERS for name, _ in self.headers):
-            raise self._at_fault(InvalidRequest(NO_UPGRADE, code="upgrade_not_supported"))
-        super().on_headers_complete()
-        self._reading = Reading.BODY
-        self._due = math.inf
-        if self._trusted:
-            self._look_behind_proxy()
-        if upgrades or self._shutdown.begun:
-            self.cycle.keep_alive = False
-
-    def on_message_complete(self) -> None:
-        self._reading = Reading.NOTHING
-        if self.cycle.response_complete:
-            self._expect(IDLE_S)
-        else:
-            self.cycle.more_body = False
-            self.cycle.message_event.set()
-
-    def send_400_response(self, msg: str) -> None:
-        """Called for what the parser refuses, or a callback of it."""
-        error = self._fault or InvalidRequest("The request is not well-formed HTTP/1.1.", code="malformed_request")
-        self._fault = error
-        if self._reading is not Reading.BODY:
-            self._refuse(error)
-        elif any(cycle is self.cycle for cycle, _ in self.pipeline):
-            self.pipeline.popleft()
-            self._refuse(error)
-        elif self.cycle.response_started:
-            self.transport.close()
-        else:
-            self.refuse_body(error)
-
-    def _at_fault(self, error: GatewayError) -> GatewayError:
-        self._fault = error
-        return error
-
-    def _measure_head(self) -> None:
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
-            raise self._at_fault(_head_too_large())
-
-    def _look_behind_proxy(self) -> None:
-        if self.client is not None:
-            forwarded = [value for name, value in self.headers if name == b"x-forwarded-for"]
-            self.scope["client"] = (client_address(self.client[0], forwarded, self._trusted), 0)
-
-    # Answers, and the ends of a connection.
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._active = cycle
-        if self._surplus and not cycle.scope["path"].startswith("/health/"):
-            cycle.keep_alive = False
-            app = ErrorResponse(Overloaded("The gateway has as many connections as it takes. Try again later."))
-        super()._start_asgi_task(cycle, app)
-
-    def on_response_complete(self) -> None:
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        elif self._fault is not None:
-            self._refuse(self._fault)
-        elif self._reading is Reading.NOTHING:
-            self._expect(IDLE_S)
-        elif self._reading is Reading.BODY:  # of the request that was answered, or else it were in the pipeline
-            self._expect(self._settings.header_timeout_s)
-
-    @property
-    def _is_idle(self) -> bool:
-        return self._active is None or self._active.response_complete
-
-    def close_after_answer(self) -> None:
-        if self._active is not None:
-            self._active.keep_alive = False
-
-    def close_if_idle(self) -> None:
-        if self._is_idle:
-            self.transport.close()
-        else:
-            self.close_after_answer()
-
-    def refuse_body(self, error: GatewayError) -> None:
-        """Answers a request whose body is still to come; to the application its client has left."""
-        active = self._active
-        if active is not None and active.more_body and not active.response_started:
-            active.disconnected = True
-            active.message_event.set()
-            self._active = None
-            self._refuse(error)
-
-    def _refuse(self, error: GatewayError) -> None:
-        """Answers what is being read when its turn has come; nothing more is read."""
-        self._fault = error
-        if not self._is_idle or self.transport.is_closing():
-            return
-        status, headers, body = ErrorResponse(error).parts()
-        lines = [*self.server_state.default_headers, *headers, (b"connection", b"close")]
-        head = b"".join(b"%b: %b\r\n" % line for line in dict(lines).items())
-        self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
-        self.transport.write_eof()
-        self._reading = Reading.NOTHING
-        self._expect(LINGER_S)
-
-    # The one timer.
-
-    def _expect(self, seconds: float) -> None:
-        """Something must come to its end within so many *seconds*."""
-        self._due = due = self.loop.time() + seconds
-        if self._timer is None or self._timer.when() > due:
-            self._arm(due)
-
-    def _arm(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.call_at(when, self._ring)
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self._due == math.inf:
-            return
-        if self.loop.time() < self._due:
-            self._arm(self._due)
-        elif self._reading is Reading.HEAD:
-            self._refuse(RequestTimeout("The request's headers did not arrive in time."))
-        else:
-            self.transport.close()
-
-
-def _head_too_large() -> GatewayError:
-    return HeadersTooLarge(f"The request's headers are larger than {MAX_HEAD_BYTES} bytes.")
-
-
-class Corked:
-    """
-    A transport whose writes leave together, at the end of the event loop's turn: one system call, one packet.
-
-    When it is closed, the other side has *stall_s* to take what was written.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, stall_s: float) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._stall_s = stall_s
-        self._held: list[bytes] = []
-        self._held_bytes = 0
-
-    def write(self, data: bytes) -> None:
-        if not self._held:
-            self._loop.call_soon(self._flush)
-        self._held.append(data)
-        self._held_bytes += len(data)
-        if self._held_bytes > MAX_HELD_BYTES:  # a writer that never waits is told here to pause
-            self._flush()
-
-    def write_eof(self) -> None:
-        self._flush()
-        self._transport.write_eof()
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-        if self._transport.get_write_buffer_size():
-            self._loop.call_later(self._stall_s, self._transport.abort)
-
-    def _flush(self) -> None:
-        if self._held:
-            if not self._transport.is_closing():  # the client may have left within this turn
-                self._transport.write(b"".join(self._held))
-            self._held.clear()
-            self._held_bytes = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)

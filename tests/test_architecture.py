@@ -12,6 +12,7 @@ LAYERS = [line.split() for line in """
     __main__
     cli
     app server
+    connection
     api
     pipeline
     stream telemetry limits cache routing ledger
@@ -31,9 +32,9 @@ ADAPTERS_MAY_IMPORT = "adapter faults sse text schema settings errors".split()
 
 DOORS = {
     "httpx2": "gateway.adapter gateway.transport",
-    "httptools": "gateway.transport",
+    "httptools": "gateway.connection gateway.transport",
     "litestar": "gateway.app gateway.api",
-    "uvicorn": "gateway.server",
+    "uvloop": "gateway.server",
     "click": "gateway.cli",
     "prometheus_client": "gateway.telemetry.metrics",
     "opentelemetry": "gateway.telemetry.traces",

@@ -8,6 +8,7 @@ from typing import Any
 
 from litestar.types import Receive, Scope, Send
 
+from gateway.api.client import Client, client_of
 from gateway.api.errors import JSON, VERSION, ErrorResponse, Headers, unexpected
 from gateway.api.shutdown import Shutdown
 from gateway.call import Call
@@ -17,8 +18,6 @@ from gateway.schema.payload import Parts
 from gateway.settings import Server
 from gateway.sse import DONE, KEEP_ALIVE, write_event
 
-WATCH_AFTER_S = 0.25
-
 STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -27,33 +26,21 @@ STREAM_HEADERS: Headers = [
 
 
 class Hangup:
-    """
-    Cancels the current task when the client leaves: a server does not, nor does the framework.
+    """Cancels the current task when the client leaves: neither a server nor the framework does."""
 
-    Watching costs a task, so it begins after a moment, which most answers do not take.
-    """
-
-    def __init__(self, call: Call, receive: Receive, interrupt: Interrupt) -> None:
+    def __init__(self, call: Call, client: Client, interrupt: Interrupt) -> None:
         self._call = call
-        self._receive = receive
+        self._client = client
         self._interrupt = interrupt
-        self._watch: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
-        self._timer = self._interrupt.loop.call_later(WATCH_AFTER_S, self._begin)
+        self._client.when_gone(self._ring)
 
-    def _begin(self) -> None:
-        self._watch = asyncio.ensure_future(self._wait())
-
-    async def _wait(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _ring(self) -> None:
         self._interrupt.ring("hang-up")
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> bool:
-        self._timer.cancel()
-        if self._watch is not None:
-            self._watch.cancel()
+        self._client.when_gone(None)
         gone = self._interrupt.caused(exc, "hang-up")
         if gone:
             self._call.outcome = "client_gone"
@@ -74,7 +61,7 @@ class Answer:
         self._request_id = call.request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with Hangup(self._call, receive, self.interrupt):
+        with Hangup(self._call, client_of(scope), self.interrupt):
             async with aclosing(self.parts):
                 if self._call.streamed:
                     await _Stream(self, send).run()

@@ -4,6 +4,7 @@ import asyncio
 
 from litestar.types import Receive, Scope
 
+from gateway.api.client import client_of
 from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimeout
 from gateway.interrupt import Interrupt
 from gateway.settings import Server
@@ -16,6 +17,10 @@ async def read_body(scope: Scope, receive: Receive, server: Server, interrupt: I
     declared = _declared(scope)
     if declared > server.max_body_bytes:
         raise _too_large(server)
+    if (body := client_of(scope).body()) is not None:
+        if len(body) > server.max_body_bytes:
+            raise _too_large(server)
+        return body
     timer = interrupt.loop.call_later(server.body_timeout_s, interrupt.ring, "slow body")
     try:
         return await _read(receive, server)
