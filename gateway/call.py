@@ -63,22 +63,25 @@ class Estimate(Struct, frozen=True, gc=False):
 
 
 class Heard:
-    """What has come of an answer: its pieces of text and their bytes, in all and since an upstream last counted."""
+    """
+    What has come of an answer: `pieces` of text and their `text_bytes` since an upstream last counted, and the bytes
+    before that, unless it counts each piece.
+    """
 
-    __slots__ = ("pieces", "said_bytes", "text_bytes")
+    __slots__ = ("counted_bytes", "pieces", "text_bytes")
 
     def __init__(self) -> None:
-        self.pieces = self.text_bytes = self.said_bytes = 0
+        self.pieces = self.text_bytes = self.counted_bytes = 0
 
     def add(self, parts: Parts) -> None:
         for part in parts:
-            for choice in getattr(part.value, "choices", ()):
-                if text := _said(choice):
-                    size = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
-                    self.pieces += 1
-                    self.text_bytes += size
-                    self.said_bytes += size
-            if part.usage is not None:
+            if part.usage is None or self.pieces:
+                for choice in getattr(part.value, "choices", ()):
+                    if text := _said(choice):
+                        self.pieces += 1
+                        self.text_bytes += len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+            if part.usage is not None and self.pieces:
+                self.counted_bytes += self.text_bytes
                 self.pieces = self.text_bytes = 0
 
 
@@ -86,6 +89,8 @@ def _said(choice: Any) -> str:
     """All that a choice of a completion or a chunk says: its text, reasoning and calls of tools."""
     if type(choice) is ChunkChoice:
         said: Delta | AnswerMessage = choice.delta
+        if said.content and not (said.reasoning_content or said.tool_calls):  # as most are
+            return said.content
     elif type(choice) is ChatChoice:
         said = choice.message
     else:

@@ -31,8 +31,9 @@ SURPLUS_TOKENS = 256
 MOST_SURPLUS_TOKENS = 65_536
 
 FIRST_RATIO = 0.3
+FIRST_WEIGHT = 200.0
 RATIOS = (0.01, 2.0)
-"""Tokens per byte, until a model has shown its own; and what no answer can move it beyond."""
+"""Tokens per byte, until a model has shown its own, and as how many bytes of it that weighs; and the bounds of it."""
 FIRST_IMAGE_TOKENS = 1024
 IMAGE_TOKENS = (16, 16_384)
 """Of one image: from the smallest in low detail to the most that Qwen's and OpenAI's models make of one."""
@@ -43,6 +44,9 @@ MEMORY = 0.98
 """How much of the past weighs on when a request is over: half of it is forgotten after 34."""
 HEAVIEST_BYTES = 16_384
 """A text as long as this weighs as much as any longer one."""
+SHORT_BYTES = 512
+AROUND = (-512, 4096)
+"""Up to here, prompts teach how many tokens a template adds to each, in these bounds; longer ones, what a byte is."""
 PAST_OUTPUTS = 256
 FEWEST_OUTPUTS = 20
 RESTED_OUTPUTS = 8
@@ -169,6 +173,7 @@ class _Learned:
     """What past answers of one public model have taught."""
 
     __slots__ = (
+        "_around",
         "_bytes",
         "_default_output",
         "_outputs",
@@ -188,8 +193,9 @@ class _Learned:
         self.encoding = model.encoding
         self.surplus = SURPLUS_TOKENS
         self.image_tokens = float(FIRST_IMAGE_TOKENS)
-        self._bytes, self._tokens = 1000.0, 1000 * FIRST_RATIO
-        self._said_bytes, self._said_tokens = 1000.0, 1000 * FIRST_RATIO
+        self._around = 0.0
+        self._bytes, self._tokens = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_RATIO
+        self._said_bytes, self._said_tokens = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_RATIO
         self._default_output = self._usual = model.default_output_tokens
         self._outputs = deque[int](maxlen=PAST_OUTPUTS)
         self._since = 0
@@ -206,7 +212,7 @@ class _Learned:
         media = round(size.images * self.image_tokens) + size.audio // AUDIO_BYTES
         most_media = size.images * IMAGE_TOKENS[1] + size.audio * 4 // AUDIO_BYTES
         return Estimate(
-            max(1, round(text * self.ratio) + size.ids + media),
+            max(1, round(text * self.ratio + self._around) + size.ids + media),
             text + size.documents + size.ids + most_media + self.surplus,
             text_bytes=text,
             images=size.images,
@@ -228,22 +234,27 @@ class _Learned:
             if estimate.is_text:
                 self._learn_text(estimate, told)
             elif estimate.images and estimate.text_bytes:
-                seen = (told - estimate.text_bytes * self.ratio) / estimate.images
+                seen = (told - self._around - estimate.text_bytes * self.ratio) / estimate.images
                 self.image_tokens += (_bounded(seen, IMAGE_TOKENS) - self.image_tokens) * (1 - MEMORY)
         if call.endpoint is not EMBEDDINGS and 0 < usage.completion_tokens <= 2**31:
             self._learn_output(call, usage.completion_tokens)
 
     def _learn_text(self, estimate: Estimate, told: int) -> None:
-        weight = min(1.0, HEAVIEST_BYTES / estimate.text_bytes)
-        self._bytes = self._bytes * MEMORY + estimate.text_bytes * weight
-        self._tokens = self._tokens * MEMORY + told * weight
+        size = estimate.text_bytes
+        if size <= SHORT_BYTES:
+            seen = _bounded(told - size * self.ratio, AROUND)
+            self._around += (seen - self._around) * (1 - MEMORY)
+        else:
+            weight = min(1.0, HEAVIEST_BYTES / size)
+            self._bytes = self._bytes * MEMORY + size * weight
+            self._tokens = self._tokens * MEMORY + max(0, told - self._around) * weight
         if told > estimate.upper_bound and not estimate.exact:
             self.surplus = min(self.surplus + told - estimate.upper_bound, MOST_SURPLUS_TOKENS)
 
     def _learn_output(self, call: Call, told: int) -> None:
-        if call.heard.said_bytes:
-            weight = min(1.0, HEAVIEST_BYTES / call.heard.said_bytes)
-            self._said_bytes = self._said_bytes * MEMORY + call.heard.said_bytes * weight
+        if call.heard.counted_bytes:
+            weight = min(1.0, HEAVIEST_BYTES / call.heard.counted_bytes)
+            self._said_bytes = self._said_bytes * MEMORY + call.heard.counted_bytes * weight
             self._said_tokens = self._said_tokens * MEMORY + told * weight
         if call.request.value.limit is not None:
             return

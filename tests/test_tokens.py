@@ -191,14 +191,19 @@ def test_nothing_that_clients_send_makes_it_raise_or_slow(call: Call) -> None:
 # Learned.
 
 
-@given(st.floats(0.05, 1.5), st.lists(st.integers(200, 5000), min_size=300, max_size=300))
-def test_the_ratio_converges_to_what_the_model_shows(ratio: float, sizes: list[int]) -> None:
+@given(
+    st.floats(0.05, 1.5),
+    st.integers(0, 60),
+    st.lists(st.integers(1, 200) | st.integers(2000, 5000), min_size=20, max_size=20),
+)
+def test_estimates_converge_to_what_the_model_shows(ratio: float, around: int, sizes: list[int]) -> None:
     tokens = Tokens(settings())
-    for size in sizes:
+    for size in [1, 2000, *sizes] * 20:
         call = said("x" * size)
-        teach(tokens, call, round(tokens.prompt(call).text_bytes * ratio))
-    estimate = tokens.prompt(said("x" * 4000))
-    assert estimate.tokens == pytest.approx(estimate.text_bytes * ratio, rel=0.05)
+        teach(tokens, call, around + round(tokens.prompt(call).text_bytes * ratio))
+    for size in (1, 200, 1000, 4000):
+        estimate = tokens.prompt(said("x" * size))
+        assert estimate.tokens == pytest.approx(around + estimate.text_bytes * ratio, rel=0.1, abs=3)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(-(2**70), 2**70), st.integers(-(2**70), 2**70))))
@@ -207,7 +212,7 @@ def test_whatever_upstreams_say_estimates_stay_within_bounds(said_so: list[tuple
     for size, prompt, completion in said_so:
         teach(tokens, said("x" * size), prompt, completion)
     estimate = tokens.prompt(said("x" * 1000))
-    assert 10 <= estimate.tokens <= 2100
+    assert 10 <= estimate.tokens <= 6200
     assert 1016 <= estimate.upper_bound <= 67_000
     assert 1 <= tokens.expected_output(said("x")) <= 2**31
 
@@ -320,7 +325,7 @@ def test_pieces_of_many_tokens_are_counted_by_what_the_model_has_shown() -> None
     tokens = Tokens(settings())
     for _ in range(200):
         call = said("Hi")
-        call.heard.add(pieces("x" * 1000, usage=Usage(prompt_tokens=5)))
+        call.heard.add([*pieces("x" * 1000), *pieces("", usage=Usage(prompt_tokens=5))])
         teach(tokens, call, 5, 250)
     call = cut_short(said("Hi"), pieces("x" * 400))
     tokens.settle(call)
