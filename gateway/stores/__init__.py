@@ -144,9 +144,9 @@ class LimitStore(Protocol):
     """
     Counters that are reserved from before a request is dispatched, and settled after.
 
-    For each request: `admit` (again if its answer was lost), `heartbeat` every 10 s while it is under way, and
-    `settle`, whatever came of it, unless it was denied. Also when `admit` raised or was cancelled: the reservation may
-    exist all the same. Then `recorded`, when its row is in the ledger.
+    For each request: `admit` (again if its answer was lost), `heartbeat` every 10 s while it is under way, and, unless
+    it was denied, `settle`, whatever came of it, also when `admit` raised or was cancelled: the reservation may exist
+    all the same. Then `recorded`, when its row is in the ledger.
     """
 
     counts: StoreCounts
@@ -158,6 +158,9 @@ class LimitStore(Protocol):
     @property
     def replicas(self) -> int:
         """How many processes share the store, this one among them, as far as was last seen."""
+
+    async def start(self) -> None:
+        """Reach for the store. Does not fail: what is not there is looked for in the background from now on."""
 
     async def admit(self, reservation: Reservation) -> Decision:
         """
