@@ -40,6 +40,7 @@ DOORS = {
     "opentelemetry": "gateway.telemetry.traces",
     "yaml": "gateway.settings",
     "redis": "gateway.stores.redis",
+    "hiredis": "gateway.stores.redis",
     "sqlalchemy": "gateway.database",
     "alembic": "gateway.database",
     "tiktoken": "gateway.tokens",

@@ -58,8 +58,11 @@ function window.look(key, rule, now)
     return w
   end
   w.used = tonumber(got[2])
-  if current < w.last - BUCKETS then -- the clock has stepped back so far that all of it counts as of now
-    w.anew, w.last, w.here = true, current, w.used
+  if current < w.last - BUCKETS then -- the clock has stepped back so far that all of it is made to count as of now
+    w.last, w.here = current, w.used
+    redis.call('DEL', key)
+    redis.call('HSET', key, 'last', current, 'used', w.used, current, w.used)
+    redis.call('PEXPIRE', key, w.lasts)
   elseif current < w.last then -- or so little that the window just waits for it
     w.current, w.here = w.last, tonumber(redis.call('HGET', key, w.last)) or 0
   elseif current == w.last then
@@ -75,7 +78,6 @@ function window.wait(w, cost, limit, now)
   local excess = w.used + cost - limit
   if excess <= 0 then return 0 end
   if cost > limit then return NEVER end
-  if w.anew then return (w.current + BUCKETS + 1) * w.size - now end
   local buckets = {}
   for bucket = w.current - BUCKETS, w.current do buckets[#buckets + 1] = bucket end
   for i, used in ipairs(redis.call('HMGET', w.key, unpack(buckets))) do
