@@ -194,6 +194,15 @@ class Ledger:
         record.left_under_way(prompt_tokens or record.prompt_tokens, _count(completion_tokens), self._now_ms())
         return encode(record)
 
+    def write(self) -> None:
+        """
+        Commit what is waiting, in this thread: what, while `running`, a thread of its own does, again and again.
+
+        Raises DatabaseUnavailable.
+        """
+        if self._writer is not None:
+            self._writer.write()
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While the app runs. At the end, waits a moment for the last rows; others wait in the journal."""
@@ -246,7 +255,7 @@ def open_ledger(database: settings.Database) -> Ledger:
     except CannotJournal as exc:
         raise SettingsError(f"database.journal: {exc}") from None
     for path in others:
-        logger.warning("%s belongs to another database than %s and is left alone", path, database.url)
+        logger.warning("%s holds records for another database than the configured one, and is left alone", path)
     return Ledger(opened, own, [journal for journal in found if journal is not own])
 
 
@@ -266,6 +275,10 @@ class Entry:
         self.intent = intent
         self.slot = slot
         self.closed = False
+
+    @property
+    def request_id(self) -> str:
+        return self._record.request_id
 
     def note(self, prompt_tokens: int, completion_tokens: int) -> None:
         self._ledger.note(self, prompt_tokens, completion_tokens)
@@ -504,7 +517,7 @@ class _Writer:
     def _run(self) -> None:
         while self._gather():
             try:
-                self._write()
+                self.write()
                 self._failures = 0
             except Exception as exc:  # whatever it is, the next ones must be written
                 self._fail(exc)
@@ -526,12 +539,11 @@ class _Writer:
         if self._pending and len(self._pending) < ROWS and not self._strays and not self._stopping.is_set():
             self._wake.wait(WAIT_S)
             self._wake.clear()
-        pending = self._pending
-        while pending and len(self._group) < CATCHING_UP:
-            self._group.append(pending.popleft())
-        return bool(self._group or self._strays)
+        return bool(self._pending or self._strays)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        if not self._group:
+            self._group = [self._pending.popleft() for _ in range(min(len(self._pending), CATCHING_UP))]
         size = len(self._group)
         while self._group:
             some = self._group[:size]
@@ -541,13 +553,13 @@ class _Writer:
                 if size > 1:
                     size //= 2
                     continue
-                self._counts.unwritable += 1  # its slot stays taken, so that the next version may know better
-                logger.error("the record of request %s cannot be written: %s", some[0][0].request_id, exc)
+                self._give_up(some[0][0], exc)
+                del self._group[:1]
             else:
+                del self._group[:size]
                 self._counts.lag_s = max(0.0, self._clock() - min(record.ended_ms for record, _, _ in some) / 1000)
                 self._tell(rows)
                 self._forget(some)
-            del self._group[:size]
         while self._strays:
             self._write_strays(*self._strays.popleft())
 
@@ -555,11 +567,27 @@ class _Writer:
         if not written.set_running_or_notify_cancel():
             return
         try:
-            rows = self._insert(records)
+            rows = self._insert_any(records)
         except Exception as exc:
             written.set_exception(exc if isinstance(exc, DatabaseUnavailable) else DatabaseUnavailable(str(exc)))
             raise
         written.set_result(rows)
+
+    def _insert_any(self, records: list[UsageRecord]) -> dict[str, int]:
+        """Those that can be written."""
+        try:
+            return self._insert(records)
+        except Unwritable as exc:
+            if len(records) > 1:
+                half = len(records) // 2
+                return self._insert_any(records[:half]) | self._insert_any(records[half:])
+            self._give_up(records[0], exc)
+            return {}
+
+    def _give_up(self, record: UsageRecord, exc: Unwritable) -> None:
+        """Its slot, if it has one, stays taken: the next version may know better."""
+        self._counts.unwritable += 1
+        logger.error("the record of request %s cannot be written: %s", record.request_id, exc)
 
     def _insert(self, records: list[UsageRecord]) -> dict[str, int]:
         inserted = self._database.commit(records)

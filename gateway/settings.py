@@ -25,6 +25,13 @@ SHA256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", description="64 digits o
 AdapterName = Annotated[
     str, Meta(pattern=r"^([a-z]\w*|[A-Za-z_][\w.]*:\w+)$", description="a name such as openai, or package.module:Class")
 ]
+DatabaseURL = Annotated[
+    str,
+    Meta(
+        pattern=r"^(sqlite:///.+|postgresql://([^/@:]+@)?[^/@]*/.+)$",
+        description="sqlite:////path/to/file, or postgresql://user@host/database (a password goes into `password`)",
+    ),
+]
 Steps = tuple[str | int, ...]
 """The way to a value: keys of mappings and indexes of lists, from the top."""
 
@@ -267,7 +274,7 @@ class Database(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `journal_mib` is its room: 512 requests a MiB, under way or waiting for a database that is away.
     """
 
-    url: str | None = None
+    url: DatabaseURL | None = None
     password: Secret | None = None
     journal: str | None = None
     journal_mib: Annotated[int, Meta(ge=1, le=4096)] = 64

@@ -81,6 +81,13 @@ WRONG = [
     ("port: 9000", "hold_s: 0", "2: server.hold_s: expected float > 0.0"),
     ("port: 9000", "hold_s: .inf", "2: server.hold_s: expected float <= 86400.0"),
     ("port: 9000", "hold_s: .nan", "2: .nan is no number"),
+    (
+        "server:",
+        "database: {url: 'postgresql://me:secret@host/db'}\nserver:",
+        "1: database.url: expected sqlite:////path/to/file, or postgresql://user@host/database (a password goes into "
+        "password)",
+    ),
+    ("server:", "database: {url: ledger.db}\nserver:", "1: database.url: expected sqlite:////path/to/file, or "),
     ("port: 9000", "hold_s: 1e1", "2: server.hold_s: expected float, got str"),
     ("\n  port: 9000", "", "1: server: expected object, got null"),
     ("\n  port: 9000", " [1]", "1: server: expected object, got array"),

@@ -1,7 +1,6 @@
 """Does each request have exactly one row, whatever happens to it?"""
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,38 +8,12 @@ from pathlib import Path
 import pytest
 
 from gateway import settings
-from gateway.auth import Principal
-from gateway.call import Attempt, Call
 from gateway.errors import ContextLengthExceeded, LedgerFull, UpstreamFailed, UpstreamUnreachable
 from gateway.ledger import Ledger, open_ledger
-from gateway.models import Model, Target
-from gateway.prices import Prices
-from gateway.schema.chat import ChatRequest, Message
 from gateway.schema.common import CompletionTokensDetails, PromptTokensDetails, Usage
-from gateway.schema.endpoint import CHAT
-from gateway.schema.payload import Payload
-from tests.house import ScriptedAdapter
+from tests.ledger.calls import PRICES, a_call, rows_at, sqlite_at
 
 pytestmark = pytest.mark.anyio
-
-PRICES = Prices(input=2_000_000_000, output=6_000_000_000, cached_input=500_000_000)
-ALICE = Principal("alice-app", "t", user="alice", team="red")
-TARGET = Target("up", "model-1", ScriptedAdapter())
-REQUEST = Payload.encode(ChatRequest(model="smart", messages=[Message(role="user", content="Hi")]))
-
-
-def a_call(usage: Usage | None = None, *, principal: Principal = ALICE, dispatched: bool = True) -> Call:
-    call = Call(CHAT, principal, REQUEST, set(), model=Model("smart", (TARGET,)))
-    if dispatched:
-        call.attempts.append(Attempt(TARGET, call.clock(), call.clock()))
-    if usage is not None:
-        call.usage = usage
-        call.arrived()
-    return call
-
-
-def sqlite_at(path: Path, **changes: object) -> settings.Database:
-    return settings.Database(url=f"sqlite:///{path}/ledger.db", journal_mib=1, **changes)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -48,12 +21,6 @@ async def ledger_at(path: Path) -> AsyncIterator[Ledger]:
     ledger = open_ledger(sqlite_at(path))
     async with ledger.running():
         yield ledger
-
-
-def rows(path: Path) -> list[sqlite3.Row]:
-    with sqlite3.connect(path / "ledger.db") as connection:
-        connection.row_factory = sqlite3.Row
-        return connection.execute("SELECT * FROM usage ORDER BY seq").fetchall()
 
 
 async def test_a_completed_request_is_one_row_with_everything_about_it_but_its_content(tmp_path: Path) -> None:
@@ -69,7 +36,7 @@ async def test_a_completed_request_is_one_row_with_everything_about_it_but_its_c
         with ledger.entry(call, PRICES):
             pass
 
-    (row,) = rows(tmp_path)
+    (row,) = rows_at(tmp_path)
     assert dict(row) | {"started_ms": 0, "ended_ms": 0, "ttft_ms": 0, "total_ms": 0} == {
         "seq": 1,
         "request_id": f"req_{call.id}",
@@ -106,7 +73,7 @@ async def test_a_request_refused_before_dispatch_leaves_no_row_and_its_slot(tmp_
             with pytest.raises(ContextLengthExceeded), ledger.entry(a_call(dispatched=False), PRICES):
                 raise ContextLengthExceeded("too long")
 
-    assert rows(tmp_path) == []
+    assert rows_at(tmp_path) == []
 
 
 async def test_without_a_database_requests_are_counted_and_nothing_is_kept() -> None:
@@ -161,7 +128,7 @@ async def test_however_it_ends_what_was_said_is_billed(
     async with ledger_at(tmp_path) as ledger:
         ledger.entry(a_call(Usage(prompt_tokens=10, completion_tokens=5)), PRICES).close(exc)
 
-    (row,) = rows(tmp_path)
+    (row,) = rows_at(tmp_path)
     assert (row["outcome"], row["charged_tokens"], row["cost_nano"]) == (outcome, tokens, 50_000)
 
 
@@ -172,7 +139,7 @@ async def test_an_upstream_that_fails_before_it_said_anything_is_paid_nothing(tm
     async with ledger_at(tmp_path) as ledger:
         ledger.entry(call, PRICES).close(UpstreamUnreachable("refused"))
 
-    (row,) = rows(tmp_path)
+    (row,) = rows_at(tmp_path)
     assert (row["outcome"], row["usage_source"], row["charged_tokens"], row["cost_nano"]) == (
         "upstream_error",
         "none",

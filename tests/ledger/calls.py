@@ -1,0 +1,64 @@
+"""Calls as the pipeline would leave them, and ledgers to put them in."""
+
+import sqlite3
+from pathlib import Path
+
+from gateway import settings
+from gateway.auth import Principal
+from gateway.call import Attempt, Call
+from gateway.models import Model, Target
+from gateway.prices import Prices
+from gateway.schema.chat import ChatRequest, Message
+from gateway.schema.common import Usage
+from gateway.schema.endpoint import CHAT
+from gateway.schema.payload import Payload
+from tests.house import ScriptedAdapter
+
+PRICES = Prices(input=2_000_000_000, output=6_000_000_000, cached_input=500_000_000)
+ALICE = Principal("alice-app", "t", user="alice", team="red")
+TARGET = Target("up", "model-1", ScriptedAdapter())
+REQUEST = Payload.encode(ChatRequest(model="smart", messages=[Message(role="user", content="Hi")]))
+
+
+def a_call(
+    usage: Usage | None = None, *, principal: Principal = ALICE, model: str = "smart", dispatched: bool = True
+) -> Call:
+    call = Call(CHAT, principal, REQUEST, set(), model=Model(model, (TARGET,)))
+    if dispatched:
+        call.attempts.append(Attempt(TARGET, call.clock(), call.clock()))
+    if usage is not None:
+        call.usage = usage
+        call.first_at = call.clock()
+    return call
+
+
+def sqlite_at(folder: Path, journal_mib: int = 1) -> settings.Database:
+    return settings.Database(url=f"sqlite:///{folder}/ledger.db", journal_mib=journal_mib)
+
+
+def rows_at(folder: Path) -> list[sqlite3.Row]:
+    return ask(folder, "SELECT * FROM usage ORDER BY seq")
+
+
+def ask(folder: Path, question: str) -> list[sqlite3.Row]:
+    connection = sqlite3.connect(folder / "ledger.db")
+    connection.row_factory = sqlite3.Row
+    try:
+        return connection.execute(question).fetchall()
+    finally:
+        connection.close()
+
+
+SUMS = """
+    count(*), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), sum(reasoning_tokens),
+    sum(charged_tokens), coalesce(sum(cost_nano), 0), sum(cost_nano IS NULL)
+"""
+DIFFERENCE = f"""
+    WITH summed AS (
+        SELECT started_ms / 3600000 * 3600, key_name, user_name, team_name, model, target, outcome, {SUMS}
+        FROM usage GROUP BY 1, 2, 3, 4, 5, 6, 7
+    )
+    SELECT * FROM (SELECT * FROM summed EXCEPT SELECT * FROM usage_hour)
+    UNION ALL SELECT * FROM (SELECT * FROM usage_hour EXCEPT SELECT * FROM summed)
+"""
+"""What the hourly sums have otherwise than the rows; in SQLite's SQL."""
