@@ -19,11 +19,18 @@ from gateway.api.page import page_routes
 from gateway.api.shutdown import Shutdown
 from gateway.auth import Keyring, why_not_anonymous
 from gateway.errors import CannotLoad, GatewayError
+from gateway.ledger import Ledger
+from gateway.limits import Limiter
 from gateway.models import Models
 from gateway.pipeline import Pipeline
 from gateway.routing import Router
 from gateway.settings import Settings, SettingsError
+from gateway.stores import LimitStore
+from gateway.stores.memory import MemoryStore
 from gateway.telemetry import Telemetry
+from gateway.telemetry.lag import supervised
+from gateway.tokens import Tokens
+from gateway.upkeep import Upkeep
 
 logger = logging.getLogger("suiron")
 
@@ -36,6 +43,8 @@ def create_app(
     *,
     adapters: Mapping[str, Adapter] | None = None,
     telemetry: Telemetry | None = None,
+    ledger: Ledger | None = None,
+    store: LimitStore | None = None,
     shutdown: Shutdown | None = None,
     on_ready: Callable[[Findings], None] = lambda _: None,
 ) -> ASGIApp:
@@ -50,19 +59,34 @@ def create_app(
     if adapters is None:
         adapters = load_adapters(settings)
     models = Models(settings, adapters)
-    pipeline = Pipeline(models, Router(settings.upstreams))
+    ledger = ledger or Ledger()
+    store = store or _store(settings, ledger)
+    ledger.committed = store.recorded
+    tokens = Tokens(settings)
+    limiter = Limiter(settings, store, tokens, ledger.used, records=settings.store.url is not None)
+    pipeline = Pipeline(models, ledger, limiter, Router(settings.upstreams), tokens)
+    upkeep = Upkeep(limiter, store, ledger)
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        starting = asyncio.create_task(_ask_all(adapters, readiness, on_ready))
+        tokens.load()
+        await store.start()
+        background = [
+            asyncio.create_task(_ask_all(adapters, readiness, on_ready)),
+            asyncio.create_task(supervised("keeping up reservations", upkeep.beat)),
+            asyncio.create_task(supervised("sweeping up after other replicas", upkeep.sweep)),
+        ]
         try:
-            async with telemetry.running():
+            async with telemetry.running(), ledger.running():
                 yield
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await store.aclose()
+            tokens.close()
             await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))
 
     generating = generation_apps(keyring, pipeline, settings.server, shutdown, telemetry)
@@ -95,6 +119,17 @@ def load_adapters(settings: Settings) -> dict[str, Adapter]:
         except (ImportError, AttributeError) as exc:
             raise SettingsError(f"upstreams.{name}: the adapter '{upstream.adapter}' cannot be loaded: {exc}") from exc
     return adapters
+
+
+def _store(settings: Settings, ledger: Ledger) -> LimitStore:
+    if settings.store.url is None:
+        return MemoryStore(ledger.used)
+    from gateway.stores.redis import RedisStore
+
+    try:
+        return RedisStore(settings.store, ledger.used)
+    except ValueError as exc:
+        raise SettingsError(f"store.url: {exc}") from None
 
 
 def _keyring(settings: Settings) -> Keyring:

@@ -10,12 +10,14 @@ from typing import Any, Literal, Protocol
 from msgspec import Struct
 
 from gateway.auth import Principal
+from gateway.database.record import UsageRecord
 from gateway.errors import GatewayError
 from gateway.models import Model, Target
 from gateway.schema.chat import AnswerMessage, ChatChoice, ChunkChoice, Delta
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import Endpoint
 from gateway.schema.payload import Parts, Payload
+from gateway.stores import Reservation
 
 
 @dataclass(slots=True)
@@ -123,6 +125,16 @@ class Trace(Protocol):
     def over(self, call: "Call", record: Any) -> None: ...
 
 
+class Entry(Protocol):
+    """The call's place in the ledger: opened before anything is spent, closed once, with what ended the call."""
+
+    intent: bytes
+
+    def close(self, exc: BaseException | None) -> UsageRecord | None:
+        """The record; None where there is nothing to record."""
+        ...
+
+
 @dataclass(slots=True)
 class Call:
     """The one mutable thing: each stage of the pipeline writes its own fields; adapters never see it."""
@@ -141,9 +153,13 @@ class Call:
     """When its body was there, in seconds on `clock`, as are the other times."""
 
     model: Model | None = None  # resolve
-    headers: dict[str, str] = field(default_factory=dict)  # resolve: for the client
+    headers: dict[str, str] = field(default_factory=dict)  # resolve, limit: for the client
+    entry: Entry | None = None  # ledger
     estimate: Estimate | None = None  # tokens: of the prompt
     output_cap: int | None = None  # limit: tokens of a choice, where the client set no limit and one had to be set
+    reservation: Reservation | None = None  # limit: from when it is asked for until it is settled
+    degraded: bool = False  # limit: the store was out of reach
+    limits_hit: list[tuple[str, str]] = field(default_factory=list)  # limit: labels, and what came of each
     attempts: list[Attempt] = field(default_factory=list)  # route
     usage: Usage | None = None  # account; tokens, where no upstream has counted
     heard: Heard = field(default_factory=Heard)  # account
@@ -175,8 +191,8 @@ class Call:
         options = self.request.value.stream_options
         return options is not None and bool(options.include_usage)
 
-    def arrived(self) -> None:
-        """A part has come, or several at once."""
+    def arrived(self, parts: Parts) -> None:
+        """Parts have come, together."""
         now = self.clock()
         if self.first_at is None:
             self.first_at = now
@@ -185,3 +201,7 @@ class Call:
                 self.gaps = Tally(GAPS_S)
             self.gaps.add(now - self.last_at)
         self.last_at = now
+        self.heard.add(parts)
+        for part in parts:
+            if part.usage is not None:
+                self.usage = part.usage

@@ -21,7 +21,6 @@ What can go wrong, and what is the client told?
       - CannotLoad               502  a local model that is not to be had
     + Overloaded                 503  full, or still loading; says when to come back
     + UpstreamTimeout            504
-  x CannotRecord                 503  no room to record what would be spent
   x LimiterUnavailable           503  a limit that must hold cannot be checked
   x LedgerFull                   503  there is no room to record it
   x ShuttingDown                 503  this process is about to end
@@ -167,16 +166,6 @@ class Overloaded(UpstreamError):
 class UpstreamTimeout(UpstreamError):
     status = 504
     code = "upstream_timeout"
-
-
-class CannotRecord(GatewayError):
-    status = 503
-    code = "cannot_record"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "This gateway cannot record more requests at the moment. Try again later.", headers={"retry-after": "1"}
-        )
 
 
 class LimiterUnavailable(GatewayError):

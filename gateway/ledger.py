@@ -31,7 +31,6 @@ from gateway.errors import (
     UpstreamTimeout,
 )
 from gateway.journal import MAX_INTENT, MAX_OUTCOME, CannotJournal, Journal, JournalFull, adopt, create
-from gateway.prices import Prices
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
 
@@ -111,9 +110,9 @@ class Ledger:
         """Records that are over and not in the database yet."""
         return 0 if self._writer is None else self._writer.backlog
 
-    def entry(self, call: Call, prices: Prices | None = None) -> "Entry":
+    def entry(self, call: Call) -> "Entry":
         """To be opened before anything is spent; see `Entry`. Raises LedgerFull: nothing may be dispatched then."""
-        record = _intended(call, prices, self._now_ms())
+        record = _intended(call, self._now_ms())
         intent = encode(record)
         if self._journal is None:
             return Entry(self, call, record, intent, 0)
@@ -302,8 +301,9 @@ class Entry:
             self.close(exc)
 
 
-def _intended(call: Call, prices: Prices | None, now_ms: int) -> UsageRecord:
+def _intended(call: Call, now_ms: int) -> UsageRecord:
     principal, model = call.principal, call.model
+    prices = None if model is None else model.prices
     return UsageRecord(
         request_id=f"req_{call.id}",
         started_ms=now_ms,

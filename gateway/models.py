@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from gateway.adapter import Adapter
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest, ModelNotFound
+from gateway.prices import Prices, pin
 from gateway.schema.endpoint import Endpoint
 from gateway.settings import Settings
 
@@ -28,6 +29,8 @@ class Target:
 class Model:
     name: str
     targets: tuple[Target, ...]
+    prices: Prices | None = None
+    default_output_tokens: int = 512
     created: int = field(default_factory=lambda: int(time.time()))
 
     def targets_for(self, endpoint: Endpoint) -> list[Target]:
@@ -52,6 +55,8 @@ class Models:
                 tuple(
                     Target(target.upstream, target.model or name, adapters[target.upstream]) for target in model.targets
                 ),
+                pin(model.prices),
+                model.default_output_tokens,
             )
             for name, model in settings.models.items()
         }

@@ -1,31 +1,59 @@
 """What happens to a request, in order?"""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from gateway.call import Call
+from gateway.ledger import Ledger
+from gateway.limits import Limiter
 from gateway.models import Models, Target
 from gateway.routing import Router
 from gateway.schema.payload import Parts
 from gateway.schema.reading import judge_unknown
 from gateway.stream import finished
+from gateway.tokens import Tokens
 
 
 class Pipeline:
-    def __init__(self, models: Models, router: Router) -> None:
+    def __init__(self, models: Models, ledger: Ledger, limiter: Limiter, router: Router, tokens: Tokens) -> None:
         self._models = models
+        self._ledger = ledger
+        self._limiter = limiter
         self._router = router
+        self._tokens = tokens
 
     def answer(self, call: Call) -> AsyncGenerator[Parts]:
         """
-        Answer a call, part by part.
+        Answer a call, part by part; whatever comes of it, `settle` has to be called afterwards.
 
         A GatewayError raised before the first part can still become an HTTP status; after it, the answer has begun and
         the error can only end it.
         """
         return finished(call, self._answered(call))
 
-    def _resolve(self, call: Call) -> list[Target]:
+    async def _answered(self, call: Call) -> AsyncGenerator[Parts]:
+        targets = self._resolve(call)
+        costs = await self._limiter.expect(call, targets)
+        call.entry = self._ledger.entry(call)
+        if costs is not None:
+            await self._limiter.admit(call, costs)
+        async with aclosing(self._router.answer(call, targets)) as parts:
+            async for arrived in parts:
+                call.arrived(arrived)
+                yield arrived
+
+    def settle(self, call: Call) -> None:
+        """Bill what the call took, and give back what it did not. Does not wait, so that nothing can cut it short."""
+        if call.entry is None:
+            return
+        if call.attempts:
+            self._tokens.settle(call)
+        left = call.error is None and call.outcome != "completed"
+        record = call.entry.close(asyncio.CancelledError() if left else call.error)
+        self._limiter.settle(call, record)
+
+    def _resolve(self, call: Call) -> Sequence[Target]:
         """What can answer this; raises ModelNotFound or InvalidRequest, at no cost to anyone."""
         call.model = self._models.get(call.request.value.model, call.principal)
         targets = call.model.targets_for(call.endpoint)
@@ -34,13 +62,3 @@ class Pipeline:
             if ignored := judge_unknown(call.unknown, extensions):
                 call.headers["x-suiron-ignored"] = ", ".join(ignored[:10]).encode("ascii", "replace").decode()[:500]
         return targets
-
-    async def _answered(self, call: Call) -> AsyncGenerator[Parts]:
-        targets = self._resolve(call)
-        async with aclosing(self._router.answer(call, targets)) as parts:
-            async for arrived in parts:
-                call.arrived()
-                for part in arrived:
-                    if part.usage is not None:
-                        call.usage = part.usage
-                yield arrived

@@ -32,6 +32,10 @@ DatabaseURL = Annotated[
         description="sqlite:////path/to/file, or postgresql://user@host/database (a password goes into `password`)",
     ),
 ]
+MAX_USD = 9_000_000
+MAX_COUNT = 2**53
+"""What Redis' scripts can count to, exactly; money in billionths of a dollar."""
+
 Steps = tuple[str | int, ...]
 """The way to a value: keys of mappings and indexes of lists, from the top."""
 
@@ -422,23 +426,37 @@ def _holder_faults(settings: Settings) -> Iterator[Fault]:
                 yield (*path, "limits", "models", name), f"there is no model '{name}'{_near(name, settings.models)}"
     for path, limits in groups.items():
         for name in Limits.__struct_fields__:
-            if isinstance(limit := getattr(limits, name), Limit) and (fault := _limit_fault(name, limit)):
+            if (much := getattr(limits, name)) is not None and (fault := _limit_fault(name, much)):
                 yield (*path, name), fault
+            if much is not None and name.startswith("usd") and (free := _unpriced(settings, path)):
+                yield (*path, name), f"the model '{free}' has no prices: give it some (0, if it costs nothing)"
     for user, group in settings.auth.users.items():
         teams = {key.team for key in settings.auth.keys if key.user == user}
         if group.limits != LimitsByModel() and len(teams) > 1:
             yield (
                 ("auth", "users", user, "limits"),
-                "the keys of a user with limits must all be in one team, or in none",
+                "all keys of a user with limits must be in one team, or in none",
             )
 
 
-def _limit_fault(name: str, limit: Limit) -> str | None:
+def _limit_fault(name: str, much: float | Limit) -> str | None:
+    limit = much if isinstance(much, Limit) else Limit(limit=much)
+    if name.startswith("usd"):
+        if not limit.limit <= MAX_USD:
+            return f"more than {MAX_USD} US dollars"
+    elif not limit.limit <= MAX_COUNT or limit.limit != int(limit.limit):
+        return f"not a whole number up to {MAX_COUNT}"
     if limit.window is not None and name not in ("requests_per_day", "tokens_per_day"):
         return "`window` is for requests and tokens per day"
     if limit.strict and name.startswith(("requests", "concurrent")):
         return "`strict` is for tokens and money: requests are never more than their limit"
     return None
+
+
+def _unpriced(settings: Settings, path: Steps) -> str | None:
+    """A model without prices that a limit of money at *path* may be asked for."""
+    on = path[path.index("models") + 1] if "models" in path else None
+    return next((name for name, model in settings.models.items() if on in (None, name) and model.prices is None), None)
 
 
 _BASE_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^\s?#]*)?", re.ASCII)

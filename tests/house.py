@@ -15,9 +15,11 @@ from openai import AsyncOpenAI
 from gateway.adapter import Adapter, Dispatch, UpstreamFacts
 from gateway.api.shutdown import Shutdown
 from gateway.app import create_app
+from gateway.ledger import Ledger
 from gateway.schema.payload import Parts, Payload
 from gateway.server import Gateway
 from gateway.settings import Auth, Key, Model, Settings, Target, Timeouts, Upstream
+from gateway.stores import LimitStore
 from gateway.telemetry import Telemetry
 
 TOKEN = "sk-test-0123456789"
@@ -43,11 +45,15 @@ class House:
 
 @asynccontextmanager
 async def running(
-    settings: Settings, adapters: Mapping[str, Adapter] | None = None, telemetry: Telemetry | None = None
+    settings: Settings,
+    adapters: Mapping[str, Adapter] | None = None,
+    telemetry: Telemetry | None = None,
+    store: LimitStore | None = None,
+    ledger: Ledger | None = None,
 ) -> AsyncIterator[House]:
     """A gateway with *settings*, in this event loop."""
     shutdown = Shutdown()
-    app = create_app(settings, adapters=adapters, telemetry=telemetry, shutdown=shutdown)
+    app = create_app(settings, adapters=adapters, telemetry=telemetry, store=store, ledger=ledger, shutdown=shutdown)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     port = listener.getsockname()[1]
     gateway = Gateway(app, settings.server, shutdown)

@@ -40,7 +40,7 @@ def test_its_links_lead_somewhere(text: str) -> None:
 def test_its_yaml_is_configuration_that_loads(text: str) -> None:
     needed: dict[str, Any] = {
         "upstreams": {"echo": {"adapter": "echo"}},
-        "models": {"smart": {"targets": [{"upstream": "echo"}]}},
+        "models": {"smart": {"targets": [{"upstream": "echo"}], "prices": {"input": 1, "output": 2}}},
     }
     for block in blocks("yaml", text):
         document = yaml.safe_load(block)

@@ -305,9 +305,7 @@ def test_no_more_is_expected_than_the_context_leaves() -> None:
 def cut_short(call: Call, *parts: list[Part[Any]]) -> Call:
     call.attempts.append(Attempt(TARGET, 0.0))
     for arrived in parts:
-        call.arrived()
-        call.heard.add(arrived)
-        call.usage = next((part.usage for part in reversed(arrived) if part.usage is not None), call.usage)
+        call.arrived(arrived)
     call.outcome = "client_gone"
     return call
 

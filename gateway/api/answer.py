@@ -100,7 +100,7 @@ class Answer:
     async def refuse(self, error: GatewayError, send: Send) -> None:
         self._leaves(error.status)
         self.failed(error)
-        await ErrorResponse(error, self._request_id).send(send)
+        await ErrorResponse(error, self._request_id, self._call.headers).send(send)
 
     def completed(self) -> None:
         self._call.outcome = "completed"

@@ -11,7 +11,8 @@ VARY = (b"vary", b"origin")
 READABLE = (
     b"x-request-id, openai-processing-ms, openai-version, retry-after, retry-after-ms, x-should-retry, "
     b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
-    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, x-suiron-ignored"
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens, "
+    b"x-suiron-ignored, x-suiron-warning, x-suiron-enforcement, x-suiron-max-completion-tokens, x-suiron-cache, age"
 )
 PREFLIGHT: Headers = [
     (b"access-control-allow-methods", b"GET, POST"),

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from litestar import Request
@@ -40,11 +40,14 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 class ErrorResponse:
-    """An ASGI application that answers with *error*."""
+    """An ASGI application that answers with *error*, with its headers and perhaps others."""
 
-    def __init__(self, error: GatewayError, request_id: str | None = None) -> None:
+    def __init__(
+        self, error: GatewayError, request_id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         self._error = error
         self._request_id = request_id
+        self._headers = {**headers, **error.headers} if headers else error.headers
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:
         """As Litestar asks of what its exception handlers return."""
@@ -63,7 +66,7 @@ class ErrorResponse:
             (b"x-request-id", (self._request_id or f"req_{secrets.token_hex(16)}").encode()),
             VERSION,
         ]
-        headers += [(name.encode(), value.encode("latin-1")) for name, value in self._error.headers.items()]
+        headers += [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
         return self._error.status, headers, body
 
     async def send(self, send: Send, receive: Receive | None = None) -> None:

@@ -51,6 +51,7 @@ def generation_apps(
             try:
                 await Answer(call, pipeline.answer(call), server, interrupt, shutdown)(scope, receive, send)
             finally:
+                pipeline.settle(call)
                 telemetry.over(call)
 
         return answer

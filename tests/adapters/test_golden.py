@@ -19,12 +19,16 @@ import pytest
 from gateway.auth import ANONYMOUS
 from gateway.call import Call
 from gateway.errors import GatewayError
+from gateway.ledger import Ledger
+from gateway.limits import Limiter
 from gateway.models import Models
 from gateway.pipeline import Pipeline
 from gateway.routing import Router
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS
 from gateway.schema.reading import read_request
 from gateway.settings import Model, Settings, Target, Upstream
+from gateway.stores.memory import MemoryStore
+from gateway.tokens import Tokens
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +65,9 @@ async def exchange(case: Path) -> tuple[Any, list[Any]]:
     adapter = importlib.import_module(f"adapters.{upstream.adapter}").Adapter(upstream, transport=transport)
     model = Model(targets=[Target(upstream="upstream", model="model-1")])
     settings = Settings(upstreams={"upstream": upstream}, models={"smart": model})
-    pipeline = Pipeline(Models(settings, {"upstream": adapter}), Router(settings.upstreams))
+    models, ledger, tokens = Models(settings, {"upstream": adapter}), Ledger(), Tokens(settings)
+    limiter = Limiter(settings, MemoryStore(ledger.used), tokens, ledger.used)
+    pipeline = Pipeline(models, ledger, limiter, Router(settings.upstreams), tokens)
     answered = []
     try:
         async for arrived in pipeline.answer(call):

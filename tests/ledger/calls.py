@@ -21,9 +21,14 @@ REQUEST = Payload.encode(ChatRequest(model="smart", messages=[Message(role="user
 
 
 def a_call(
-    usage: Usage | None = None, *, principal: Principal = ALICE, model: str = "smart", dispatched: bool = True
+    usage: Usage | None = None,
+    *,
+    principal: Principal = ALICE,
+    model: str = "smart",
+    prices: Prices | None = PRICES,
+    dispatched: bool = True,
 ) -> Call:
-    call = Call(CHAT, principal, REQUEST, set(), model=Model(model, (TARGET,)))
+    call = Call(CHAT, principal, REQUEST, set(), model=Model(model, (TARGET,), prices))
     if dispatched:
         call.attempts.append(Attempt(TARGET, call.clock(), call.clock()))
     if usage is not None:

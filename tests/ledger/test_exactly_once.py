@@ -79,8 +79,9 @@ class ExactlyOnce(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger_has_room())
     @rule(target=under_way, name=st.sampled_from(NAMES), dispatched=st.booleans(), priced=st.booleans())
     def open(self, name: str, dispatched: bool, priced: bool) -> tuple[Entry, bool, Ledger]:
-        call = a_call(Usage(prompt_tokens=3), principal=Principal(name, "t"), dispatched=dispatched)
-        entry = self.ledger.entry(call, PRICES if priced else None)
+        prices = PRICES if priced else None
+        call = a_call(Usage(prompt_tokens=3), principal=Principal(name, "t"), prices=prices, dispatched=dispatched)
+        entry = self.ledger.entry(call)
         self.flying[f"req_{call.id}"] = 0
         return entry, dispatched, self.ledger
 

@@ -11,7 +11,7 @@ from gateway import settings
 from gateway.errors import ContextLengthExceeded, LedgerFull, UpstreamFailed, UpstreamUnreachable
 from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import CompletionTokensDetails, PromptTokensDetails, Usage
-from tests.ledger.calls import PRICES, a_call, rows_at, sqlite_at
+from tests.ledger.calls import a_call, rows_at, sqlite_at
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ async def test_a_completed_request_is_one_row_with_everything_about_it_but_its_c
     )
     call = a_call(usage)
     async with ledger_at(tmp_path) as ledger:
-        with ledger.entry(call, PRICES):
+        with ledger.entry(call):
             pass
 
     (row,) = rows_at(tmp_path)
@@ -70,7 +70,7 @@ async def test_a_completed_request_is_one_row_with_everything_about_it_but_its_c
 async def test_a_request_refused_before_dispatch_leaves_no_row_and_its_slot(tmp_path: Path) -> None:
     async with ledger_at(tmp_path) as ledger:
         for _ in range(1000):
-            with pytest.raises(ContextLengthExceeded), ledger.entry(a_call(dispatched=False), PRICES):
+            with pytest.raises(ContextLengthExceeded), ledger.entry(a_call(dispatched=False)):
                 raise ContextLengthExceeded("too long")
 
     assert rows_at(tmp_path) == []
@@ -79,7 +79,7 @@ async def test_a_request_refused_before_dispatch_leaves_no_row_and_its_slot(tmp_
 async def test_without_a_database_requests_are_counted_and_nothing_is_kept() -> None:
     ledger = open_ledger(settings.Database())
     async with ledger.running():
-        with ledger.entry(a_call(Usage(prompt_tokens=1))):
+        with ledger.entry(a_call(Usage(prompt_tokens=1), prices=None)):
             pass
         assert await ledger.used("key:alice-app", "tokens", 0) == (0, 0)
     assert ledger.counts.unpriced == 1
@@ -89,7 +89,7 @@ async def test_used_is_what_the_ledger_sums_for_a_scope(tmp_path: Path) -> None:
     async with ledger_at(tmp_path) as ledger:
         told = asyncio.Event()
         ledger.committed = lambda _: told.set()
-        with ledger.entry(a_call(Usage(prompt_tokens=10, completion_tokens=5)), PRICES):
+        with ledger.entry(a_call(Usage(prompt_tokens=10, completion_tokens=5))):
             pass
         await told.wait()
 
@@ -126,7 +126,7 @@ async def test_however_it_ends_what_was_said_is_billed(
     exc: BaseException | None, outcome: str, tokens: int, tmp_path: Path
 ) -> None:
     async with ledger_at(tmp_path) as ledger:
-        ledger.entry(a_call(Usage(prompt_tokens=10, completion_tokens=5)), PRICES).close(exc)
+        ledger.entry(a_call(Usage(prompt_tokens=10, completion_tokens=5))).close(exc)
 
     (row,) = rows_at(tmp_path)
     assert (row["outcome"], row["charged_tokens"], row["cost_nano"]) == (outcome, tokens, 50_000)
@@ -137,7 +137,7 @@ async def test_an_upstream_that_fails_before_it_said_anything_is_paid_nothing(tm
     call.usage, call.reckoned = Usage(prompt_tokens=10), True
     call.attempts[0].error = UpstreamUnreachable("refused")
     async with ledger_at(tmp_path) as ledger:
-        ledger.entry(call, PRICES).close(UpstreamUnreachable("refused"))
+        ledger.entry(call).close(UpstreamUnreachable("refused"))
 
     (row,) = rows_at(tmp_path)
     assert (row["outcome"], row["usage_source"], row["charged_tokens"], row["cost_nano"]) == (

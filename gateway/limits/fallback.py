@@ -1,0 +1,82 @@
+"""What holds while the store is out of reach? Each limit by its own policy, on counters of this process."""
+
+import msgspec
+
+from gateway.errors import LimiterUnavailable
+from gateway.limits.terms import Term, Terms
+from gateway.stores import Costs, Decision, Lease, Metric, Plan, Quota, Reservation, Used, Window
+from gateway.stores.memory import MemoryStore, clock_ms, period
+
+GUARD_SHARE = 0.05
+"""Of a quota, kept back: other replicas may have spent what this one has not seen."""
+
+
+class Shares:
+    """
+    This replica's part of every limit, for one outage.
+
+    Under `local` it is the limit divided by the replicas last seen, and at first no more than what was left when the
+    store was last heard. Under `guard` it is such a part of what is left of the quota, less the guard; `closed`
+    refuses, `open` only counts. So all replicas together admit less than the limit once more, and quotas are not
+    exceeded by more than what was in flight.
+    """
+
+    def __init__(self, replicas: int, used: Used) -> None:
+        self._memory = MemoryStore(_nothing)
+        self._replicas = max(1, replicas)
+        self._used = used
+        self._plans: dict[int, Plan] = {}
+
+    async def admit(self, terms: Terms, reservation: Reservation) -> Decision:
+        """Raises LimiterUnavailable."""
+        plan = self._plans.get(id(terms.plan)) or await self._begin(terms)
+        return await self._memory.admit(self._here(plan, reservation))
+
+    def settle(self, reservation: Reservation, actual: Costs, *, exact: bool) -> None:
+        if plan := self._plans.get(id(reservation.plan)):
+            self._memory.settle(self._here(plan, reservation), actual, exact=exact)
+
+    def _here(self, plan: Plan, reservation: Reservation) -> Reservation:
+        return Reservation(plan, reservation.request_id, reservation.costs)
+
+    async def _begin(self, terms: Terms) -> Plan:
+        """The rules of this outage. What others may have used already is taken from the first window at once."""
+        rules, seen = [], terms.seen
+        for index, term in enumerate(terms.terms):
+            rules.append(await self._share(term, None if seen is None else seen.remaining[index]))
+        ours = Plan(terms.plan.slot, tuple(rules))
+        plan = self._plans.setdefault(id(terms.plan), ours)
+        if plan is not ours or seen is None:
+            return plan
+        for index, rule in enumerate(plan.rules):
+            if isinstance(rule, Window) and not rule.shadow and (used := rule.limit - seen.remaining[index]) > 0:
+                spent = Costs(**{"requests": 0, rule.metric: used})
+                await self._memory.admit(Reservation(Plan(plan.slot, (rule,)), f"{index} of {id(plan)}", spent))
+        return plan
+
+    async def _share(self, term: Term, seen: int | None) -> Window | Lease | Quota:
+        rule = term.rule
+        if rule.shadow or term.on_loss == "open":
+            return msgspec.structs.replace(rule, shadow=True)
+        if term.on_loss == "closed":
+            raise LimiterUnavailable
+        if not isinstance(rule, Quota):
+            return msgspec.structs.replace(rule, limit=-(-rule.limit // self._replicas))
+        left = await self._left(rule, seen)
+        guard = int(rule.limit * GUARD_SHARE) if term.on_loss == "guard" else 0
+        return msgspec.structs.replace(rule, limit=max(0, left - guard) // self._replicas)
+
+    async def _left(self, quota: Quota, seen: int | None) -> int:
+        """Of a quota, by what the store said last and by the ledger. Raises LimiterUnavailable if neither is known."""
+        try:
+            used, _ = await self._used(quota.scope, quota.metric, period(quota, clock_ms())[0])
+        except Exception:
+            if seen is None:
+                raise LimiterUnavailable from None
+            return seen
+        return quota.limit - used if seen is None else min(quota.limit - used, seen)
+
+
+async def _nothing(scope: str, metric: Metric, period_start_ms: int) -> tuple[int, int]:
+    """What a share has used when its outage begins."""
+    return 0, 0

@@ -1,0 +1,62 @@
+"""What keeps up the reservations of the living, and finishes those of the dead?"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from gateway.database.record import decode
+from gateway.ledger import Ledger, LedgerUnavailable
+from gateway.limits import Limiter, settlement
+from gateway.stores import LimitStore, StoreUnavailable
+
+BEAT_S = 10
+SWEEP_S = 5
+TICK_S = 1.0
+
+logger = logging.getLogger("suiron")
+
+Sleep = Callable[[float], Awaitable[object]]
+
+
+class Upkeep:
+    """Background work on a store and a ledger: heartbeats, and what replicas that died have left behind."""
+
+    def __init__(self, limiter: Limiter, store: LimitStore, ledger: Ledger, *, sleep: Sleep = asyncio.sleep) -> None:
+        self._limiter = limiter
+        self._store = store
+        self._ledger = ledger
+        self._sleep = sleep
+
+    async def beat(self) -> None:
+        """Every 10 s, and as soon as the store is back: what it has lost is made anew."""
+        due, was_there = 0, True
+        while True:
+            await self._sleep(TICK_S)
+            is_there = self._store.available
+            due -= 1
+            if is_there and (due <= 0 or not was_there):
+                due = BEAT_S
+                try:
+                    await self._limiter.beat()
+                except StoreUnavailable:
+                    is_there = False
+            was_there = is_there
+
+    async def sweep(self) -> None:
+        """Every 5 s: records of requests whose process died, and of those that it did not come to write."""
+        while True:
+            await self._sleep(SWEEP_S)
+            if self._store.available:
+                try:
+                    await self._sweep()
+                except (StoreUnavailable, LedgerUnavailable) as exc:
+                    logger.warning("what other replicas left behind has to wait: %s", exc)
+
+    async def _sweep(self) -> None:
+        for reservation in await self._store.overdue():
+            record = decode(self._ledger.abandoned(reservation.intent, reservation.progress))
+            actual, exact, event = settlement(record)
+            self._store.settle(reservation, actual, exact=exact, event=event)
+            self._store.recorded(await self._ledger.ingest([event]))
+        if strays := await self._store.strays():
+            self._store.recorded(await self._ledger.ingest([stray.event for stray in strays]))
