@@ -204,7 +204,7 @@ class LimitStore(Protocol):
 
     async def strays(self) -> list[Event]:
         """
-        Events older than 5 s that nobody has said are recorded; at most 100 at a time, from all slots.
+        Events older than 5 s, of other processes, that nobody has said are recorded; at most 100 at a time.
 
         Whoever gets one inserts it, if it is not there, and then calls `recorded`. Raises StoreUnavailable.
         """

@@ -77,9 +77,9 @@ class RedisServer:
 
 
 @contextmanager
-def redis_server(*options: str) -> Iterator[RedisServer]:
+def redis_server(*options: str, port: int = 0) -> Iterator[RedisServer]:
     with TemporaryDirectory() as folder:
-        server = RedisServer(free_port(), Path(folder), options)
+        server = RedisServer(port or free_port(), Path(folder), options)
         server.start()
         try:
             yield server

@@ -22,10 +22,11 @@ class ReplyError(Exception):
 
 
 class Lost(Exception):
-    """There is no reply, and there will be none. Whether the command was executed, nobody knows. `final`: not again."""
+    """No reply will come. If it was *sent*, nobody knows whether it was done. If *final*, it is not to be repeated."""
 
-    def __init__(self, reason: str, final: bool = False) -> None:
+    def __init__(self, reason: str, *, sent: bool, final: bool = False) -> None:
         super().__init__(reason)
+        self.sent = sent
         self.final = final
 
 
@@ -37,12 +38,13 @@ class Link(asyncio.Protocol):
     """
     Replies belong to commands by their order alone, so after a reply that is missing nothing can be trusted: whoever
     sees one late closes the link.
+
+    `answered` is told of each batch how many replies were no errors, and how many seconds the last one took.
     """
 
-    def __init__(self, answered: Callable[[int, float], None], closed: Callable[["Link", str], None]) -> None:
-        """*answered* is told of each batch how many replies were no errors, and how many seconds the last one took."""
+    def __init__(self, closed: Callable[["Link", str], None]) -> None:
+        self.answered: Callable[[int, float], None] = lambda good, seconds: None
         self._loop = asyncio.get_running_loop()
-        self._answered = answered
         self._closed = closed
         self._reader = hiredis.Reader(replyError=ReplyError, protocolError=ValueError, notEnoughData=_Nothing)
         self._asked: deque[Answered] = deque()
@@ -87,7 +89,7 @@ class Link(asyncio.Protocol):
         if self._batches:
             self._left = self._batches[0][0]
         good, self._errors = count - self._errors, 0
-        self._answered(good, self._loop.time() - sent)
+        self.answered(good, self._loop.time() - sent)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.close(str(exc) if exc else "the server closed the connection")
@@ -102,4 +104,4 @@ class Link(asyncio.Protocol):
         asked, self._asked = self._asked, deque()
         self._batches.clear()
         for answered in asked:
-            answered(Lost(reason, final))
+            answered(Lost(reason, sent=True, final=final))

@@ -125,9 +125,7 @@ class Node:
         access = self._access
         async with asyncio.timeout(self._timeout_s):
             host, port = await self._find()
-            _, link = await self._loop.create_connection(
-                lambda: Link(self._answered, self._closed), host, port, ssl=access.tls
-            )
+            _, link = await self._loop.create_connection(lambda: Link(self._closed), host, port, ssl=access.tls)
             try:
                 if access.password is not None:
                     await self._must(link, "AUTH", *([access.username] if access.username else []), access.password)
@@ -137,6 +135,7 @@ class Node:
             except BaseException:
                 link.close("it was not greeted")
                 raise
+        link.answered = self._answered  # from here on: to be greeted well is not to be well
         return link
 
     async def _must(self, link: Link, *command: str) -> None:
@@ -194,7 +193,7 @@ class Node:
     def _lose(self, reason: str, final: bool) -> None:
         asked, self._asked, self._commands = self._asked, [], []
         for answered in asked:
-            answered(Lost(reason, final))
+            answered(Lost(reason, sent=False, final=final))
 
     def lost(self, error: Lost) -> None:
         """A command that was asked has no reply."""

@@ -164,7 +164,9 @@ class Cluster:
         self.nodes = [self.at(where.addresses[0])] * PARTITIONS
 
     async def start(self) -> None:
-        await self._learn()
+        for address in self._seeds:
+            if await self._learn_from(address):
+                break
 
     def at(self, address: Address) -> Node:
         node = self._known.get(address)

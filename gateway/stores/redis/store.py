@@ -95,21 +95,23 @@ class RedisStore:
         self._delivery = asyncio.Event()
         self._was_available = True
         self._back_since_s = -math.inf
+        self._nodes: list[Node] = []
         self._places: Places
         self._loop: asyncio.AbstractEventLoop
 
     @property
     def available(self) -> bool:
-        return not any(node.open for node in self._places.nodes)
+        return bool(self._nodes) and not any(node.open for node in self._nodes)
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._places = places(self._where, self._node, self._timeout_s)
+        self._nodes = self._places.nodes
         await self._places.start()
         try:
             await self._count_members()
         except StoreUnavailable as exc:
-            self._places.nodes[0].leave_alone(str(exc))
+            self._nodes[0].leave_alone(str(exc))
         self._membership = asyncio.create_task(self._stay_a_member())
 
     def _node(self, find: Callable[[], Awaitable[Address]], access: Access, partition: int) -> Node:
@@ -125,7 +127,7 @@ class RedisStore:
         for _ in range(4):
             asked = self._loop.create_future()
             command = self._admission(reservation, prepared, prepared.admit)
-            self._places.nodes[prepared.partition].ask(command, settable(asked))
+            self._nodes[prepared.partition].ask(command, settable(asked))
             reply = await asked
             if type(reply) is not list:
                 reply = await self._again(
@@ -172,8 +174,8 @@ class RedisStore:
     def settle(self, reservation: Reservation, actual: Costs, *, exact: bool, event: bytes = b"") -> None:
         if reservation.request_id in self._unrecorded:
             return
-        while len(self._unrecorded) >= MOST_UNRECORDED:
-            del self._unrecorded[next(iter(self._unrecorded))]  # its event is a stray then
+        while len(self._unrecorded) >= MOST_UNRECORDED:  # then the event of the oldest is a stray
+            del self._unrecorded[next(iter(self._unrecorded))]
         settling = _Settling(self, reservation, actual, exact, event)
         self._unrecorded[reservation.request_id] = settling
         self._deliver(settling, self._node_of(reservation))
@@ -186,8 +188,8 @@ class RedisStore:
         prepared: _Prepared = settling.reservation.plan.prepared
         head = prepared.settle if not whole else prepared.settle_head(self._scripts, whole)
         now = self._monotonic_s()
-        settling.first_s = settling.first_s or now
-        lost_counts = prepared.lost_counts and now - settling.first_s < CERTAIN_S
+        unsure_s = now - settling.unsure_since_s if settling.unsure_since_s else 0.0
+        lost_counts = prepared.lost_counts and unsure_s < CERTAIN_S
         request_id, actual = settling.reservation.request_id.encode(), settling.actual
         age = b"%d" % max(0, round((now - settling.reservation.since_s) * 1000))
         command = b"%b$%d\r\n%b%b\r\n%b$24\r\n%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n$1\r\n%d\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
@@ -228,6 +230,8 @@ class RedisStore:
                     elsewhere.ask(ASKING, _ignore)
                 self._deliver(settling, elsewhere, whole=str(reply).startswith("NOSCRIPT"))
                 return
+        if isinstance(reply, Lost) and reply.sent and not settling.unsure_since_s:
+            settling.unsure_since_s = self._monotonic_s()
         self._at_fault(node, reply)
         self._keep(settling)
 
@@ -270,7 +274,7 @@ class RedisStore:
         if not settling.delivered or (settling.seq is None and (settling.event or settling.late)):
             return
         reservation = settling.reservation
-        del self._unrecorded[reservation.request_id]
+        self._unrecorded.pop(reservation.request_id, None)
         if settling.entry:
             self._drop_event(reservation.plan.prepared.partition, settling.entry)
         if settling.late and settling.seq is not None:
@@ -284,7 +288,7 @@ class RedisStore:
     def _drop_events(self) -> None:
         dropping, self._dropping = self._dropping, {}
         for partition, entries in dropping.items():
-            node = self._places.nodes[partition]
+            node = self._nodes[partition]
             if not node.open:  # else they are strays, and found as such
                 node.ask(packed("XDEL", f"{tag(partition)}u", *entries), _ignore)
 
@@ -354,10 +358,9 @@ class RedisStore:
         for partition, entries in enumerate(streams):
             for entry, (_, request_id, _, event, _, blob) in entries:
                 name = request_id.decode()
-                events.append(Event(name, event))
                 if name not in self._unrecorded:
-                    plan = self._plan_of(partition, blob) if blob else None
-                    self._strays[name] = partition, entry, plan
+                    events.append(Event(name, event))
+                    self._strays[name] = partition, entry, self._plan_of(partition, blob) if blob else None
         for forgotten in list(self._strays)[: max(0, len(self._strays) - MOST_UNRECORDED)]:
             del self._strays[forgotten]
         return events[:AT_A_TIME]
@@ -388,13 +391,15 @@ class RedisStore:
             self._changed(self.available)
 
     async def aclose(self) -> None:
+        if not self._nodes:
+            return
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 await self.delivered()
         if self.available:
             leave = packed("ZREM", _key(0, "m"), self._name)
             left = self._loop.create_future()
-            self._places.nodes[0].ask(leave, settable(left))
+            self._nodes[0].ask(leave, settable(left))
             await left
         if self._redelivery is not None:
             self._redelivery.cancel()
@@ -420,7 +425,7 @@ class RedisStore:
         if self._now_ms is not None:
             arguments = (*arguments, self._now_ms())
         asked = self._loop.create_future()
-        self._places.nodes[partition].ask(script.call(keys, arguments), settable(asked))
+        self._nodes[partition].ask(script.call(keys, arguments), settable(asked))
         reply = await asked
         if isinstance(reply, Lost | ReplyError):
             return await self._again(partition, reply, lambda whole: script.call(keys, arguments, whole))
@@ -432,7 +437,7 @@ class RedisStore:
 
         Not after a timeout, which is the whole of the time there was. Raises StoreUnavailable.
         """
-        node = self._places.nodes[partition]
+        node = self._nodes[partition]
         elsewhere, asking = self._elsewhere(node, partition, error)
         if elsewhere is None:
             self._at_fault(node, error)
@@ -480,7 +485,7 @@ class RedisStore:
 
     def _node_of(self, reservation: Reservation) -> Node:
         prepared: _Prepared = reservation.plan.prepared or self._prepare(reservation.plan)
-        return self._places.nodes[prepared.partition]
+        return self._nodes[prepared.partition]
 
     def _prepare(self, plan: Plan) -> "_Prepared":
         partition = partition_of(plan.slot)
@@ -594,12 +599,12 @@ class _Settling:
         "entry",
         "event",
         "exact",
-        "first_s",
         "late",
         "node",
         "reservation",
         "seq",
         "tries",
+        "unsure_since_s",
     )
 
     def __init__(self, store: RedisStore, reservation: Reservation, actual: Costs, exact: bool, event: bytes) -> None:
@@ -610,7 +615,7 @@ class _Settling:
         self.event = event
         self.delivered = False
         self.entry = b""
-        self.first_s = 0.0
+        self.unsure_since_s = 0.0
         self.late = False
         self.node: Node | None = None
         self.seq: int | None = None
