@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
+from gateway.adapter import UpstreamFacts
 from gateway.call import Call, Estimate, Heard
 from gateway.errors import GatewayError
 from gateway.models import Target
@@ -74,6 +75,7 @@ class Tokens:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings.models
         self._models = {name: _Learned(model) for name, model in settings.models.items()}
         self._encodings = _Encodings({model.encoding for model in settings.models.values() if model.encoding})
 
@@ -87,6 +89,16 @@ class Tokens:
 
     def close(self) -> None:
         self._encodings.close()
+
+    def probed(self, upstream: str, facts: UpstreamFacts) -> None:
+        """Takes the contexts that an upstream tells, for models whose configuration says none: the longest of each."""
+        told = {model.id: model.context_tokens for model in facts.models if model.context_tokens}
+        for name, model in self._settings.items():
+            if model.context_tokens is None:
+                learned = self._models[name]
+                names = [target.model or name for target in model.targets if target.upstream == upstream]
+                contexts = [told[each] for each in names if each in told]
+                learned.context_tokens = max([learned.context_tokens or 0, *contexts]) or None
 
     async def estimate(self, call: Call, targets: Sequence[Target], *, strict: bool = False) -> Estimate:
         """
@@ -112,21 +124,27 @@ class Tokens:
         call.estimate = estimate = learned.estimate(size)
         return estimate
 
-    def expected_output(self, call: Call) -> int:
+    def expected_output(self, call: Call, *, strict: bool = False) -> int:
         """
         Tokens that the answer is expected to have, over all its choices: no more than the request's limit and the
-        context allow. After `estimate`.
+        context allow. Under *strict*, the most it can have if a limit was set. After `estimate`.
         """
         if call.endpoint is EMBEDDINGS:
             return 0
-        asked, learned = call.request.value, self._of(call)
+        asked, learned, estimate = call.request.value, self._of(call), call.estimate
         prompts = _prompts(call)
         each = max(asked.n or 1, getattr(asked, "best_of", None) or 1)
         limit: int | None = asked.limit
         expected = (learned.usual_output() if limit is None else limit) * each * prompts
-        if learned.context_tokens is None or call.estimate is None:
+        if learned.context_tokens is None or estimate is None:
             return expected
-        return min(expected, max(0, learned.context_tokens * prompts - call.estimate.tokens) * each)
+        least = estimate.tokens if estimate.exact or not strict else prompts
+        return min(expected, max(0, learned.context_tokens * prompts - least) * each)
+
+    def generated(self, call: Call) -> int:
+        """Tokens of the answer so far, with our own count of what no upstream has counted yet."""
+        counted = 0 if call.usage is None else call.usage.completion_tokens
+        return max(0, counted) + self._of(call).uncounted(call.heard)
 
     def settle(self, call: Call) -> None:
         """
@@ -134,11 +152,11 @@ class Tokens:
 
         Once, when the call is over.
         """
-        heard, usage = call.heard, call.usage
-        if usage is None or heard.pieces:
+        usage, completed = call.usage, call.outcome == "completed" and call.error is None
+        if usage is None or call.heard.pieces or not (completed or usage.prompt_tokens):
             call.usage = self._reckoned(call)
             call.reckoned = call.usage is not None
-        elif call.outcome == "completed" and call.error is None:
+        elif completed:
             self._of(call).learn(call, usage)
 
     def _reckoned(self, call: Call) -> Usage | None:
@@ -147,10 +165,12 @@ class Tokens:
             return None
         usage = call.usage
         estimate = call.estimate or self.prompt(call)
-        prompt = estimate.tokens if usage is None else usage.prompt_tokens
-        completion = (0 if usage is None else usage.completion_tokens) + self._of(call).generated(call.heard)
+        prompt = (
+            estimate.tokens if usage is None else usage.prompt_tokens or estimate.tokens
+        )  # TGI counts it at the end
+        completion = self.generated(call)
         counted = usage or Usage(prompt_tokens=prompt)
-        return replace(counted, completion_tokens=completion, total_tokens=prompt + completion)
+        return replace(counted, prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
     def _of(self, call: Call) -> "_Learned":
         return self._models[call.request.value.model]
@@ -179,6 +199,7 @@ class _Learned:
         "_outputs",
         "_said_bytes",
         "_said_tokens",
+        "_shorts",
         "_since",
         "_tokens",
         "_usual",
@@ -193,7 +214,7 @@ class _Learned:
         self.encoding = model.encoding
         self.surplus = SURPLUS_TOKENS
         self.image_tokens = float(FIRST_IMAGE_TOKENS)
-        self._around = 0.0
+        self._around = self._shorts = 0.0
         self._bytes, self._tokens = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_RATIO
         self._said_bytes, self._said_tokens = FIRST_WEIGHT, FIRST_WEIGHT * FIRST_RATIO
         self._default_output = self._usual = model.default_output_tokens
@@ -223,7 +244,7 @@ class _Learned:
         """Tokens that 19 of 20 choices do not exceed, of those that nothing but the model itself has ended."""
         return self._usual
 
-    def generated(self, heard: Heard) -> int:
+    def uncounted(self, heard: Heard) -> int:
         """Tokens of what was heard and not counted: each piece is at least one."""
         ratio = _bounded(self._said_tokens / self._said_bytes, RATIOS)
         return max(heard.pieces, round(heard.text_bytes * ratio))
@@ -243,7 +264,8 @@ class _Learned:
         size = estimate.text_bytes
         if size <= SHORT_BYTES:
             seen = _bounded(told - size * self.ratio, AROUND)
-            self._around += (seen - self._around) * (1 - MEMORY)
+            self._shorts = self._shorts * MEMORY + 1
+            self._around += (seen - self._around) / self._shorts
         else:
             weight = min(1.0, HEAVIEST_BYTES / size)
             self._bytes = self._bytes * MEMORY + size * weight
@@ -256,7 +278,7 @@ class _Learned:
             weight = min(1.0, HEAVIEST_BYTES / call.heard.counted_bytes)
             self._said_bytes = self._said_bytes * MEMORY + call.heard.counted_bytes * weight
             self._said_tokens = self._said_tokens * MEMORY + told * weight
-        if call.request.value.limit is not None:
+        if call.request.value.limit is not None and call.output_cap is None:
             return
         each = math.ceil(told / (call.request.value.n or 1))
         if call.output_cap is not None and each >= call.output_cap:

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.echo import Adapter as Echo
-from gateway.adapter import Adapter
+from gateway.adapter import Adapter, ModelFacts, UpstreamFacts
 from gateway.auth import ANONYMOUS
 from gateway.call import Attempt, Call, Estimate
 from gateway.errors import UpstreamFailed
@@ -284,8 +284,10 @@ def test_a_cap_of_the_gateways_own_grows_where_it_cuts() -> None:
     tokens = Tokens(settings(default_output_tokens=50))
     for _ in range(100):
         call = said("Hi")
-        call.output_cap = tokens.expected_output(call)
-        teach(tokens, call, 5, min(call.output_cap, 400))
+        cap = tokens.expected_output(call)
+        call = said("Hi", max_completion_tokens=cap)
+        call.output_cap = cap
+        teach(tokens, call, 5, min(cap, 400))
     assert 400 <= tokens.expected_output(said("Hi")) <= 1000
 
 
@@ -297,6 +299,38 @@ def test_no_more_is_expected_than_the_context_leaves() -> None:
     call = asked(COMPLETIONS, prompt=list(range(200)))
     tokens.prompt(call)
     assert tokens.expected_output(call) == 0
+
+
+def test_the_context_is_what_upstreams_say_where_the_configuration_does_not() -> None:
+    tokens, told = Tokens(settings()), [ModelFacts(id="m", context_tokens=100), ModelFacts(id="x", context_tokens=900)]
+    call = asked(COMPLETIONS, prompt=list(range(90)), max_tokens=5000)
+    tokens.prompt(call)
+    tokens.probed("other", UpstreamFacts(kind="", models=told))
+    assert tokens.expected_output(call) == 5000
+    tokens.probed("e", UpstreamFacts(kind="", models=told))
+    assert tokens.expected_output(call) == 10
+    configured = Tokens(settings(context_tokens=200))
+    configured.probed("e", UpstreamFacts(kind="", models=told))
+    assert configured.expected_output(call) == 110
+
+
+def test_under_strict_an_estimate_takes_nothing_off_the_room_that_is_left() -> None:
+    tokens = Tokens(settings(context_tokens=1000))
+    call = said("x" * 1000, max_tokens=5000, n=2)
+    estimate = tokens.prompt(call)
+    assert tokens.expected_output(call) == (1000 - estimate.tokens) * 2
+    assert tokens.expected_output(call, strict=True) == 999 * 2
+    call = asked(COMPLETIONS, prompt=list(range(90)), max_tokens=5000)
+    tokens.prompt(call)
+    assert tokens.expected_output(call, strict=True) == 910
+
+
+def test_what_was_generated_is_known_while_it_is_under_way() -> None:
+    tokens = Tokens(settings())
+    call = cut_short(said("Hi"), pieces("A", "b", usage=Usage(prompt_tokens=9, completion_tokens=5)))
+    assert tokens.generated(call) == 5
+    cut_short(call, pieces("c"))
+    assert tokens.generated(call) == 6
 
 
 # What nobody counted.
@@ -347,6 +381,14 @@ def test_what_upstreams_counted_to_the_end_stays_as_they_say() -> None:
     tokens.settle(call)
     assert call.usage is counted
     assert not call.reckoned
+
+
+def test_a_prompt_that_is_counted_only_at_the_end_is_estimated_where_that_never_came() -> None:
+    tokens = Tokens(settings())
+    call = cut_short(said("Hi"), pieces("A", usage=Usage(prompt_tokens=0, completion_tokens=1)))
+    tokens.settle(call)
+    assert call.usage is not None
+    assert (call.usage.prompt_tokens, call.usage.completion_tokens) == (tokens.prompt(call).tokens, 1)
 
 
 def test_reasoning_and_calls_of_tools_are_heard_too() -> None:
