@@ -69,12 +69,18 @@ def create_app(
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)
 
+    def on_found(findings: Findings) -> None:
+        for name, facts in findings.items():
+            if isinstance(facts, UpstreamFacts):
+                tokens.probed(name, facts)
+        on_ready(findings)
+
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         tokens.load()
         await store.start()
         background = [
-            asyncio.create_task(_ask_all(adapters, readiness, on_ready)),
+            asyncio.create_task(_ask_all(adapters, readiness, on_found)),
             asyncio.create_task(supervised("keeping up reservations", upkeep.beat)),
             asyncio.create_task(supervised("sweeping up after other replicas", upkeep.sweep)),
         ]

@@ -62,7 +62,7 @@ class Limiter:
         if terms.strict:
             _cap(call)
         prompt = estimate.upper_bound if terms.strict else estimate.tokens
-        output = self._tokens.expected_output(call)
+        output = self._tokens.expected_output(call, strict=terms.strict)
         if terms.ceiling_tokens is not None and call.endpoint.streams and call.request.value.limit is None:
             output = max(0, min(output, terms.ceiling_tokens - prompt))  # what comes beyond is debt
         prices = None if call.model is None else call.model.prices
@@ -106,8 +106,7 @@ class Limiter:
         for call in self._under_way.values():
             if call.reservation is not None:
                 reservations.append(call.reservation)
-                if call.usage is not None:
-                    call.reservation.progress = call.usage.completion_tokens
+                call.reservation.progress = self._tokens.generated(call)
         await self._store.heartbeat(reservations)
 
     def _forget(self, call: Call) -> None:
