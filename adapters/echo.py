@@ -73,8 +73,12 @@ def _refuse(asked: Any) -> None:
     wanted["logprobs"] = asked.logprobs is not None and asked.logprobs is not False
     wanted["response_format"] = getattr(getattr(asked, "response_format", None), "type", "text") != "text"
     wanted["tool_choice"] = getattr(asked, "tool_choice", None) not in (None, "none", "auto")
+    for position, message in enumerate(getattr(asked, "messages", ())):
+        for place, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            wanted[f"messages[{position}].content[{place}].{part.type}"] = part.type not in ("text", "refusal")
     if refused := [name for name, is_wanted in wanted.items() if is_wanted]:
-        raise InvalidRequest(f"An echo cannot honour '{refused[0]}'.", param=refused[0], code="unsupported_parameter")
+        name = refused[0].rpartition(".")[2]
+        raise InvalidRequest(f"An echo cannot honour '{name}'.", param=refused[0], code="unsupported_parameter")
 
 
 def _answer(text: str, asked: Any) -> tuple[list[str], str]:
