@@ -32,6 +32,7 @@ from gateway.schema.reading import read_request
 from gateway.settings import Settings, Upstream, parse
 from gateway.telemetry import Telemetry
 from gateway.tokens import MAX_COUNTED_BYTES, Tokens
+from tests.house import KEY, Received, UpstreamServer, completion, json_reply, running, settings_for, upstream
 
 pytestmark = pytest.mark.anyio
 
@@ -209,8 +210,8 @@ def test_estimates_converge_to_what_the_model_shows(ratio: float, around: int, s
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(-(2**70), 2**70), st.integers(-(2**70), 2**70))))
 def test_whatever_upstreams_say_estimates_stay_within_bounds(said_so: list[tuple[int, int, int]]) -> None:
     tokens = Tokens(settings())
-    for size, prompt, completion in said_so:
-        teach(tokens, said("x" * size), prompt, completion)
+    for size, prompt, generated in said_so:
+        teach(tokens, said("x" * size), prompt, generated)
     estimate = tokens.prompt(said("x" * 1000))
     assert 10 <= estimate.tokens <= 6200
     assert 1016 <= estimate.upper_bound <= 67_000
@@ -600,3 +601,47 @@ for encoding in "", ", encoding: o200k_base":
     assert done.stdout.split() == ["False", "True"]
     assert "is not on this disk" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# Through the front door.
+
+
+def under_limits(server: UpstreamServer, limit: str, **model: Any) -> Settings:
+    document = {
+        "auth": {"keys": [{"name": "alice", "sha256": KEY.sha256, "limits": {"tokens_per_minute": json.loads(limit)}}]},
+        "upstreams": {"v": {"adapter": "vllm", "base_url": f"http://127.0.0.1:{server.port}/v1"}},
+        "models": {"smart": {"targets": [{"upstream": "v"}], "default_output_tokens": 50, **model}},
+    }
+    return parse(json.dumps(document), "settings")
+
+
+async def as_vllm(received: Received, writer: asyncio.StreamWriter) -> None:
+    counted = {"count": 7, "max_model_len": 4096, "tokens": [1] * 7}
+    await json_reply(counted if received.path == "/tokenize" else completion())(received, writer)
+
+
+@pytest.mark.parametrize(
+    ("limit", "asked", "left"),
+    [
+        ('{"limit": 1000, "strict": true}', ["/tokenize", "/v1/chat/completions"], 1000 - 7 - 50),
+        ("1000", ["/v1/chat/completions"], 1000 - 5 - 50),
+    ],
+    ids=["strict", "plain"],
+)
+async def test_only_a_strict_limit_costs_a_request_an_exchange_more(limit: str, asked: list[str], left: int) -> None:
+    async with upstream(as_vllm) as server, running(under_limits(server, limit)) as house:
+        server.requests.clear()
+        response = await house.post()
+        assert response.status_code == 200
+        assert [request.path for request in server.requests if request.method == "POST"] == asked
+        assert response.headers["x-ratelimit-remaining-tokens"] == str(left)
+
+
+async def test_how_far_off_estimates_are_is_in_the_metrics() -> None:
+    async with upstream(json_reply(completion())) as server, running(settings_for(server.settings())) as house:
+        assert (await house.post()).status_code == 200
+        async with asyncio.timeout(10):
+            text = ""
+            while "suiron_token_estimate_error_count" not in text:
+                text = (await house.http.get(f"{house.url}/metrics")).text
+        assert 'suiron_token_estimate_error_count{model="smart"} 1.0' in text

@@ -6,6 +6,7 @@ model has random weights, so that shapes, numbers and errors can be checked, and
 """
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -19,7 +20,10 @@ import httpx2
 import openai
 import pytest
 
+from adapters.vllm import Adapter
 from gateway.adapter import load_adapter
+from gateway.schema.endpoint import CHAT, COMPLETIONS, Endpoint
+from gateway.schema.reading import read_request
 from gateway.settings import Upstream
 from tests.house import House, running, settings_for
 from tests.models import make_model
@@ -171,3 +175,21 @@ async def test_a_full_server_is_a_503_and_a_client_that_leaves_makes_room(server
                 await asyncio.sleep(0.02)
         assert load.json() == {"server_load": 0}
         assert (await ask(house, max_completion_tokens=1)).choices
+
+
+async def test_a_prompt_is_counted_as_it_is_billed(server: Upstream) -> None:
+    asked: list[tuple[Endpoint, dict[str, Any]]] = [
+        (CHAT, {"messages": HI}),
+        (CHAT, {"messages": [{"role": "system", "content": "日本語"}, *HI], "tools": [TOOL]}),
+        (CHAT, {"messages": HI, "tools": [TOOL], "tool_choice": "none"}),
+        (COMPLETIONS, {"prompt": "Hello, world"}),
+        (COMPLETIONS, {"prompt": ["Hello", "world"]}),
+    ]
+    async with gateway(server) as house:
+        adapter = Adapter(server)
+        for endpoint, members in asked:
+            body = {"model": "smart", "max_tokens": 1, **members}
+            request, _ = read_request(endpoint, json.dumps(body).encode())
+            billed = (await house.post(body, endpoint.path)).json()["usage"]["prompt_tokens"]
+            assert await adapter.count(endpoint, request, "model-1") == billed
+        await adapter.aclose()
