@@ -8,6 +8,7 @@ and its only door to the HTTP client.
 import asyncio
 import importlib
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from types import TracebackType
@@ -18,14 +19,14 @@ import msgspec
 from msgspec import Struct
 
 from gateway import __version__, errors
-from gateway.faults import read_fault, upstream_error
+from gateway.faults import Fault, read_fault, told_wait, upstream_error
 from gateway.interrupt import Interrupt
 from gateway.schema.chat import ChatRequest
 from gateway.schema.common import Usage
 from gateway.schema.completions import CompletionRequest
 from gateway.schema.embeddings import EmbeddingRequest
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, Endpoint
-from gateway.schema.payload import NULL, Part, Parts, Payload
+from gateway.schema.payload import NULL, Part, Parts, Payload, speaks
 from gateway.settings import SettingsError, Timeouts, Upstream
 from gateway.sse import Event, EventReader
 from gateway.transport import Preamble, RawHeaders, Request, Response, Transport
@@ -191,7 +192,7 @@ class HTTPAdapter:
         return None
 
     def decode_error(self, status: int, body: bytes, headers: Mapping[str, str]) -> errors.GatewayError:
-        return upstream_error(status, read_fault(body), headers.get("retry-after"))
+        return upstream_error(status, read_fault(body), told_wait(headers, time.time()))
 
     # For dialects to use.
 
@@ -242,7 +243,7 @@ class HTTPAdapter:
             response = await self._send(method, path, body, b"application/json")
             try:
                 if response.status_code != 200:
-                    raise upstream_error(response.status_code, read_fault(b""), None)
+                    raise upstream_error(response.status_code, Fault())
                 return await _read(response, MAX_BODY_BYTES)
             finally:
                 await response.aclose()
@@ -263,6 +264,7 @@ class HTTPAdapter:
                     events = _Events(response, patience, dispatch.timeouts.idle_s)
                     async with aclosing(self.decode_stream(endpoint, request, events)) as parts:
                         async for arrived in parts:
+                            events.begun = events.begun or any(speaks(part.value) for part in arrived)
                             yield arrived
                 else:
                     part = self.decode(endpoint, request, await _read(response, MAX_BODY_BYTES))
@@ -333,10 +335,16 @@ class Patience:
         self._loop = self._interrupt.loop
         self._deadline = deadline
         self._until: float | None = None
+        self._latest = deadline
         self._timer: asyncio.TimerHandle | None = None
 
     def allow(self, seconds: float) -> None:
-        self._until = until = min(self._loop.time() + seconds, self._deadline)
+        self._latest = min(self._loop.time() + seconds, self._deadline)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Waiting again, for no longer than was allowed last."""
+        self._until = until = self._latest
         if self._timer is None or self._timer.when() > until:
             self._arm(until)
 
@@ -384,26 +392,28 @@ class _Events:
     """
     The events of a response, those that arrived together in one list.
 
-    Patience counts complete events: neither comments nor half an event prove that a generation goes on.
+    Patience counts complete events: neither comments nor half an event prove that a generation goes on. Until `begun`,
+    with the first content, they are all in the time for the first token.
     """
 
     def __init__(self, response: httpx2.Response, patience: Patience, idle_s: float) -> None:
         assert isinstance(response.stream, httpx2.AsyncByteStream)
+        self.begun = False
         self._blocks = aiter(response.stream)
         self._reader = EventReader(MAX_EVENT_BYTES)
         self._patience = patience
         self._idle_s = idle_s
-        self._begun = False
 
     def __aiter__(self) -> "_Events":
         return self
 
     async def __anext__(self) -> list[Event]:
-        if self._begun:
+        if self.begun:
             self._patience.allow(self._idle_s)
+        else:
+            self._patience.go_on()
         while True:
             if events := self._reader.feed(await anext(self._blocks)):
-                self._begun = True
                 self._patience.rest()
                 return events
 

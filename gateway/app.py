@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
@@ -47,11 +48,13 @@ def create_app(
     store: LimitStore | None = None,
     shutdown: Shutdown | None = None,
     on_ready: Callable[[Findings], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> ASGIApp:
     """
     The gateway as an ASGI application.
 
     Whoever ends the process tells *shutdown*. *on_ready* is called once every upstream has been asked what it is.
+    *clock* is for what is remembered of upstreams.
     Raises SettingsError where the configuration would let strangers in.
     """
     keyring = _keyring(settings)
@@ -64,7 +67,9 @@ def create_app(
     ledger.committed = store.recorded
     tokens = Tokens(settings)
     limiter = Limiter(settings, store, tokens, ledger.used, records=settings.store.url is not None)
-    pipeline = Pipeline(models, ledger, limiter, Router(settings.upstreams), tokens)
+    router = Router(settings.upstreams, telemetry.metrics, clock=clock)
+    telemetry.metrics.targets = router.standings
+    pipeline = Pipeline(models, ledger, limiter, router, tokens)
     upkeep = Upkeep(limiter, store, ledger)
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)

@@ -22,12 +22,19 @@ from gateway.stores import Reservation
 
 @dataclass(slots=True)
 class Attempt:
-    """One target's chance to answer, on the call's clock."""
+    """
+    One target's chance to answer, on the call's clock.
+
+    `answered` once the first content has come. `usage` is what one that did not get so far had told: nobody is given
+    what it generated, but somebody computed it.
+    """
 
     target: Target
     started: float
     ended: float = 0.0
+    answered: bool = False
     error: GatewayError | None = None
+    usage: Usage | None = None
 
 
 class Tally:

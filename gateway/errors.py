@@ -18,6 +18,8 @@ What can go wrong, and what is the client told?
   x UpstreamError                a backend failed: another target may do
     + UpstreamUnreachable        502  no connection
     + UpstreamFailed             502  a 5xx, nonsense, or an answer cut short
+      - CredentialRefused        502  ours: the client's own is right
+      - NotServed                502  it lacks the model or endpoint
       - CannotLoad               502  a local model that is not to be had
     + Overloaded                 503  full, or still loading; says when to come back
     + UpstreamTimeout            504
@@ -139,8 +141,12 @@ class QuotaExceeded(RequestError):
 
 
 class UpstreamError(GatewayError):
+    """`counts`: whether it speaks against the target's health; `curable`: whether a further try may go better."""
+
     status = 502
     code = "upstream_error"
+    counts: bool = True
+    curable: ClassVar[bool] = True
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -151,16 +157,47 @@ class UpstreamFailed(UpstreamError):
     pass
 
 
+class CredentialRefused(UpstreamFailed):
+    curable = False
+
+    def __init__(self) -> None:
+        super().__init__("The upstream refused this gateway's credential. Ask its operator.")
+
+
+class NotServed(UpstreamFailed):
+    """The upstream has no such model or endpoint, although the configuration says so."""
+
+    curable = False
+
+    def __init__(self) -> None:
+        super().__init__("The upstream does not have this model or endpoint. Ask the gateway's operator.")
+
+
 class CannotLoad(UpstreamFailed):
     """A model of this machine that is not there, or cannot be loaded: waiting does not help."""
 
+    curable = False
+
 
 class Overloaded(UpstreamError):
+    """`busy_s`: for how long the upstream has asked to be left alone; 0 if it has not. Being full is no illness."""
+
     status = 503
     code = "overloaded"
+    counts = False
 
-    def __init__(self, message: str, *, code: str | None = None, retry_after_s: int = 1) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        retry_after_s: int = 1,
+        busy_s: float = 0.0,
+        counts: bool = False,
+    ) -> None:
         super().__init__(message, code=code, headers={"retry-after": str(retry_after_s)})
+        self.busy_s = busy_s
+        self.counts = counts
 
 
 class UpstreamTimeout(UpstreamError):

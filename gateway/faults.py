@@ -1,6 +1,9 @@
 """What does an upstream's error mean to the client, whatever its shape?"""
 
 import re
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -62,20 +65,55 @@ def _invalid(detail: list[Any]) -> Fault:
         return Fault()
 
 
-def upstream_error(status: int, fault: Fault, retry_after: str | None) -> errors.GatewayError:
-    """What an upstream's status means to the client: its 4xx about the request is the client's, all else is not."""
+def upstream_error(status: int, fault: Fault, wait_s: float | None = None) -> errors.GatewayError:
+    """
+    What an upstream's status means to the client: its 4xx about the request is the client's, all else is not.
+
+    *wait_s*: what its answer said of when to come back, as `told_wait` reads it.
+    """
     if status in (400, 413, 422):
         return _complaint(fault)
     if status in (429, 503):
-        seconds = int(retry_after[:9]) if retry_after and retry_after[:9].isdecimal() else 1
-        return errors.Overloaded("The upstream is overloaded. Try again later.", retry_after_s=min(max(seconds, 1), 30))
+        return _refusal(status, fault, wait_s)
     if status in (408, 504):
         return errors.UpstreamTimeout("The upstream took too long to answer.")
     if status in (401, 403):
-        return errors.UpstreamFailed("The upstream refused this gateway's credential. Ask its operator.")
+        return errors.CredentialRefused()
     if status == 404:
-        return errors.UpstreamFailed("The upstream does not have this model or endpoint. Ask the gateway's operator.")
+        return errors.NotServed()
     return errors.UpstreamFailed(f"The upstream failed with status {status}.")
+
+
+MAX_WAIT_S = 30
+_FULL = re.compile(r"overloaded|currently busy|queue|too many|capacity|rate limit", re.IGNORECASE)
+"""What a server says that is full; one that says nothing of the kind with its 503 may as well be dead."""
+
+
+def _refusal(status: int, fault: Fault, wait_s: float | None) -> errors.Overloaded:
+    wait_s = min(max(wait_s or 0.0, 0.0), MAX_WAIT_S)
+    return errors.Overloaded(
+        "The upstream is overloaded. Try again later.",
+        retry_after_s=max(1, ceil(wait_s)),
+        busy_s=wait_s,
+        counts=status == 503 and not wait_s and not _FULL.search(fault.message[:MAX_READ]),
+    )
+
+
+def told_wait(headers: Mapping[str, str], now: float) -> float | None:
+    """
+    In how many seconds an answer's headers say to come back: `retry-after-ms`, or `retry-after` in seconds or as a
+    date; None if they do not, or say what nobody can understand. *now* is in seconds since 1970.
+    """
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        told = headers.get(name, "").strip()[:64]
+        if re.fullmatch(r"\d{1,15}(\.\d{0,9})?", told, re.ASCII):
+            return float(told) * unit_s
+        if told.endswith("GMT"):
+            try:
+                return max(0.0, parsedate_to_datetime(told).timestamp() - now)
+            except (ValueError, OverflowError):
+                return None
+    return None
 
 
 _OVERFLOW = re.compile(

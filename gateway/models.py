@@ -4,21 +4,24 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gateway import settings
 from gateway.adapter import Adapter
 from gateway.auth import Principal
 from gateway.errors import InvalidRequest, ModelNotFound
 from gateway.prices import Prices, pin
 from gateway.schema.endpoint import Endpoint
-from gateway.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One adapter, and the upstream's name for the model."""
+    """One adapter, and the upstream's name for the model; tier, weight and room are as the configuration says."""
 
     upstream: str
     model: str
     adapter: Adapter
+    tier: int = 0
+    weight: float = 1.0
+    max_in_flight: int | None = None
 
     @property
     def label(self) -> str:
@@ -34,7 +37,7 @@ class Model:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def targets_for(self, endpoint: Endpoint) -> list[Target]:
-        """Those that serve *endpoint*, in the order to try them; raises InvalidRequest if none does."""
+        """Those that serve *endpoint*; raises InvalidRequest if none does."""
         able = [target for target in self.targets if hasattr(target.adapter, endpoint.verb)]
         if not able:
             raise InvalidRequest(
@@ -48,17 +51,15 @@ class Model:
 class Models:
     """The public names, each with its targets."""
 
-    def __init__(self, settings: Settings, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, configured: settings.Settings, adapters: Mapping[str, Adapter]) -> None:
         self._models = {
             name: Model(
                 name,
-                tuple(
-                    Target(target.upstream, target.model or name, adapters[target.upstream]) for target in model.targets
-                ),
+                tuple(_target(name, target, adapters) for target in model.targets),
                 pin(model.prices),
                 model.default_output_tokens,
             )
-            for name, model in settings.models.items()
+            for name, model in configured.models.items()
         }
 
     def get(self, name: str, principal: Principal) -> Model:
@@ -71,3 +72,14 @@ class Models:
     def of(self, principal: Principal) -> list[Model]:
         """The models this principal may use, by name."""
         return [model for name, model in sorted(self._models.items()) if principal.may_use(name)]
+
+
+def _target(name: str, given: settings.Target, adapters: Mapping[str, Adapter]) -> Target:
+    return Target(
+        given.upstream,
+        given.model or name,
+        adapters[given.upstream],
+        tier=given.tier,
+        weight=given.weight,
+        max_in_flight=given.max_in_flight,
+    )

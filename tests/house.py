@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import socket
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,16 @@ AUTH = {"authorization": f"Bearer {TOKEN}"}
 HELLO: dict[str, Any] = {"model": "smart", "messages": [{"role": "user", "content": "Hi"}]}
 
 
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @dataclass
 class House:
     """A gateway on a real socket. `openai` holds a key, and does not retry."""
@@ -50,10 +61,19 @@ async def running(
     telemetry: Telemetry | None = None,
     store: LimitStore | None = None,
     ledger: Ledger | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[House]:
-    """A gateway with *settings*, in this event loop."""
+    """A gateway with *settings*, in this event loop; *clock* is for what it remembers of upstreams."""
     shutdown = Shutdown()
-    app = create_app(settings, adapters=adapters, telemetry=telemetry, store=store, ledger=ledger, shutdown=shutdown)
+    app = create_app(
+        settings,
+        adapters=adapters,
+        telemetry=telemetry,
+        store=store,
+        ledger=ledger,
+        shutdown=shutdown,
+        clock=clock,
+    )
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     port = listener.getsockname()[1]
     gateway = Gateway(app, settings.server, shutdown)
@@ -78,9 +98,9 @@ async def running(
 
 
 def settings_for(*upstreams: Upstream, **changes: Any) -> Settings:
-    """One public model, `smart`, with a target `model-N` on each of *upstreams*, and one key."""
+    """One public model, `smart`, with a target `model-N` on each of *upstreams*, tried in this order, and one key."""
     names = [f"upstream-{number}" for number in range(1, len(upstreams) + 1)]
-    targets = [Target(upstream=name, model=f"model-{number}") for number, name in enumerate(names, 1)]
+    targets = [Target(upstream=name, model=f"model-{n}", tier=n) for n, name in enumerate(names, 1)]
     return Settings(
         auth=Auth(keys=[KEY]),
         upstreams=dict(zip(names, upstreams, strict=True)),

@@ -163,7 +163,7 @@ async def two_upstreams() -> AsyncIterator[tuple[UpstreamServer, dict[str, Upstr
 
 MODELS = {
     "smart": Model(targets=[Target(upstream="one")]),
-    "spare": Model(targets=[Target(upstream="one"), Target(upstream="two")]),
+    "spare": Model(targets=[Target(upstream="one"), Target(upstream="two", tier=1)]),
 }
 
 

@@ -151,8 +151,13 @@ async def call(
     on_send: Callable[[], None] = lambda: None,
 ) -> tuple[int, bytes]:
     sent: list[Any] = []
+    received = False
 
     async def receive() -> Any:
+        nonlocal received
+        if received:
+            await asyncio.Event().wait()  # the client stays
+        received = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Any) -> None:

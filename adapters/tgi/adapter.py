@@ -145,7 +145,7 @@ class Adapter(HTTPAdapter):
             yield parts
 
     def decode_error(self, status: int, body: bytes, headers: Mapping[str, str]) -> GatewayError:
-        return fault_in(status, body, headers.get("retry-after"))
+        return fault_in(status, body)
 
     # The exchanges of one answer.
 

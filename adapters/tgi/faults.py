@@ -53,7 +53,7 @@ class Overflow(ContextLengthExceeded):
     room_tokens: int = 0
 
 
-def fault_in(status: int, body: bytes, retry_after: str | None = None) -> GatewayError:
+def fault_in(status: int, body: bytes) -> GatewayError:
     """The error that *body* is: JSON in one of TGI's shapes, or text."""
     fault = read_fault(body)
     text = fault.message or ("" if body.lstrip().startswith((b"{", b"[")) else body.decode(errors="replace"))
@@ -72,7 +72,7 @@ def fault_in(status: int, body: bytes, retry_after: str | None = None) -> Gatewa
         )
     named = _NAMED.match(message)
     param = _PARAMS.get(named[1]) if named else None
-    return upstream_error(status, Fault(message=message, param=param), retry_after)
+    return upstream_error(status, Fault(message=message, param=param))
 
 
 def _status(status: int, body: bytes, message: str) -> int:

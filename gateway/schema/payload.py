@@ -56,5 +56,21 @@ Parts = list[Part[Any]]
 """Parts that arrived together, so that they can leave together; never empty, never held back for more."""
 
 
+def speaks(value: Any) -> bool:
+    """Whether an answer, or a chunk of one, says anything that nobody must be told twice: content, or an end."""
+    choices = getattr(value, "choices", None)
+    if choices is None:
+        return True  # embeddings
+    for choice in choices:
+        if choice.finish_reason or getattr(choice, "message", None) is not None or getattr(choice, "text", None):
+            return True
+        delta = getattr(choice, "delta", None)
+        if delta is not None and (
+            delta.content or delta.tool_calls or delta.reasoning_content or delta.reasoning or delta.refusal
+        ):
+            return True
+    return False
+
+
 def encode_fields(fields: Mapping[str, Any]) -> bytes:
     return msgspec.json.encode(fields)

@@ -2,7 +2,9 @@
 
 import os
 import platform
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -73,6 +75,17 @@ class _Series:
                 self.cached += max(0, record.cached_tokens)
 
 
+class Standing(Protocol):
+    """How a target stands, as routing tells it."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def in_flight(self) -> int: ...
+
+
 class Metrics:
     """
     The metrics of one app.
@@ -87,6 +100,7 @@ class Metrics:
         if self._shared is not None and not Path(self._shared).is_dir():
             raise SettingsError(f"{SHARED}={self._shared} is no directory: make it, and empty it before each start")
         self._registry = registry = CollectorRegistry()
+        self.targets: Callable[[], Iterable[Standing]] = tuple
         self._over: dict[tuple[str, str | None, int | None, Outcome], int] = {}
         self._series: dict[tuple[str, str], _Series] = {}
         self._flying: dict[str, int] = {}
@@ -144,6 +158,35 @@ class Metrics:
             ("target", "kind"),
             registry=registry,
         )
+        self.retries = Counter(
+            "suiron_retries", "Attempts after a failed one, by the target that failed.", ("target",), registry=registry
+        )
+        self.refused_retries = Counter(
+            "suiron_retries_refused",
+            "Failures that were not tried elsewhere, because too many were.",
+            ("target",),
+            registry=registry,
+        )
+        self.ejections = Counter(
+            "suiron_target_ejections",
+            "How often a target was left alone for a while, and why.",
+            ("target", "reason"),
+            registry=registry,
+        )
+        self.target_up = Gauge(
+            "suiron_target_up",
+            "1, or 0 while it is left alone or on trial.",
+            ("target",),
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self.target_in_flight = Gauge(
+            "suiron_target_requests_in_flight",
+            "Attempts under way.",
+            ("target",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.lag = Distribution(
             "suiron_event_loop_lag_seconds",
             "How late the event loop is, four times a second.",
@@ -178,6 +221,15 @@ class Metrics:
     def upstream_failed(self, target: str, error: UpstreamError) -> None:
         self.upstream_errors.labels(target, type(error).code or NONE).inc()
 
+    def retried(self, target: str) -> None:
+        self.retries.labels(target).inc()
+
+    def no_retry_left(self, target: str) -> None:
+        self.refused_retries.labels(target).inc()
+
+    def ejected(self, target: str, reason: str) -> None:
+        self.ejections.labels(target, reason).inc()
+
     def tick(self, lag_s: float) -> None:
         self.lag.observe(lag_s)
         self.settle()
@@ -186,6 +238,9 @@ class Metrics:
         """Hands what was counted to the client; on the event loop's thread, as all that counts."""
         for model, number in self._flying.items():
             self.in_flight.labels(model).set(number)
+        for standing in self.targets():
+            self.target_up.labels(standing.target).set(standing.state == "up")
+            self.target_in_flight.labels(standing.target).set(standing.in_flight)
         over, self._over = self._over, {}
         for (model, target, status, outcome), number in over.items():
             self.requests.labels(model, target or NONE, status or NONE, outcome).inc(number)

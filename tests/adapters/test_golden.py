@@ -29,6 +29,7 @@ from gateway.schema.reading import read_request
 from gateway.settings import Model, Settings, Target, Upstream
 from gateway.stores.memory import MemoryStore
 from gateway.tokens import Tokens
+from gateway.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 
@@ -67,7 +68,7 @@ async def exchange(case: Path) -> tuple[Any, list[Any]]:
     settings = Settings(upstreams={"upstream": upstream}, models={"smart": model})
     models, ledger, tokens = Models(settings, {"upstream": adapter}), Ledger(), Tokens(settings)
     limiter = Limiter(settings, MemoryStore(ledger.used), tokens, ledger.used)
-    pipeline = Pipeline(models, ledger, limiter, Router(settings.upstreams), tokens)
+    pipeline = Pipeline(models, ledger, limiter, Router(settings.upstreams, Metrics()), tokens)
     answered = []
     try:
         async for arrived in pipeline.answer(call):

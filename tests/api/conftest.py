@@ -12,6 +12,7 @@ from gateway.settings import Auth, Model, Settings, Target, Timeouts, Upstream
 from tests.house import (
     HELLO,
     KEY,
+    Clock,
     House,
     Script,
     UpstreamServer,
@@ -37,6 +38,7 @@ class Stage:
     house: House
     first: UpstreamServer
     second: UpstreamServer
+    clock: Clock
 
     async def post(
         self, script: Script, path: str = "chat/completions", headers: dict[str, str] | None = None, **changes: Any
@@ -76,16 +78,18 @@ async def shared_stage() -> AsyncIterator[Stage]:
             },
             models={
                 "smart": Model(targets=[Target(upstream="one", model="model-1")]),
-                "spare": Model(targets=[Target(upstream="one", model="a"), Target(upstream="two", model="b")]),
+                "spare": Model(targets=[Target(upstream="one", model="a"), Target(upstream="two", model="b", tier=1)]),
                 "hasty": Model(targets=[Target(upstream="hasty", model="model-1")]),
             },
         )
-        async with running(settings) as house:
-            yield Stage(house, first, second)
+        clock = Clock()
+        async with running(settings, clock=clock) as house:
+            yield Stage(house, first, second, clock)
 
 
 @pytest.fixture
 def stage(shared_stage: Stage) -> Stage:
+    shared_stage.clock.now += 1000  # what an earlier test did is forgiven
     for fake in (shared_stage.first, shared_stage.second):
         fake.requests.clear()
         fake.script = json_reply({"error": {"message": "no script"}}, 500)
