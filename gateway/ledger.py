@@ -382,7 +382,10 @@ def _outcome(exc: BaseException | None, hit: bool) -> Outcome:
 
 
 class _Tried(Struct, gc=False, omit_defaults=True):
-    """An attempt, in the record. What was wasted on one that failed is what its prompt would have cost."""
+    """
+    An attempt, in the record. What was wasted on one that failed is what it said it had used, else its prompt; and what
+    that would have cost.
+    """
 
     target: str
     ms: int
@@ -404,9 +407,10 @@ def _tried(attempt: Attempt, record: UsageRecord) -> _Tried:
     if error is not None:
         tried.error = type(error).code or type(error).type
         if isinstance(error, UpstreamFailed | UpstreamTimeout):  # it may have read the prompt
-            tried.wasted_tokens = record.prompt_tokens
+            used = attempt.usage or Usage(prompt_tokens=record.prompt_tokens)
+            tried.wasted_tokens = used.prompt_tokens + used.completion_tokens
             prices = record.prices
-            tried.wasted_nano = 0 if prices is None else prices.cost_nano(record.prompt_tokens, 0, 0)
+            tried.wasted_nano = 0 if prices is None else prices.cost_nano(used.prompt_tokens, 0, used.completion_tokens)
     return tried
 
 

@@ -48,6 +48,7 @@ class Pipeline:
         if call.entry is None:
             return
         if call.attempts:
+            self._router.over(call)
             self._tokens.settle(call)
         left = call.error is None and call.outcome != "completed"
         record = call.entry.close(asyncio.CancelledError() if left else call.error)

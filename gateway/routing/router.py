@@ -108,7 +108,6 @@ class Router:
                             yield arrived
                     if not attempt.answered:
                         raise UpstreamFailed("The upstream ended its answer before it began.")
-                    passage.completed()
                     return
                 except (UpstreamError, InvalidRequest) as exc:
                     attempt.usage = _usage_of(held)
@@ -118,6 +117,17 @@ class Router:
                 if pause_s:
                     await self.sleep(pause_s)
             raise passage.verdict()
+
+    def over(self, call: Call) -> None:
+        """The call is; only now is it known whether its answer was whole."""
+        attempt, error = call.attempts[-1], call.error
+        if not attempt.answered or attempt.error is not None:
+            return
+        if error is None and call.outcome == "completed":
+            self.health(attempt.target).completed(self.clock())
+        elif isinstance(error, UpstreamError):
+            attempt.error = error
+            self.judge(attempt.target, error, call.model.targets if call.model is not None else ())
 
     def standings(self) -> list[Standing]:
         """What is known of each target that has been asked yet."""
@@ -140,9 +150,11 @@ class Router:
         """Until when a request that starts now may take in all, on `time.monotonic`."""
         return time.monotonic() + max(self._upstreams[target.upstream].timeouts.total_s for target in targets)
 
-    def judge(self, target: Target, error: UpstreamError, last_standing: bool) -> None:
+    def judge(self, target: Target, error: UpstreamError, targets: Sequence[Target]) -> None:
+        """An attempt with *target*, one of the model's *targets*, has failed."""
         now = self.clock()
         health = self.health(target)
+        last_standing = all(self.health(other).is_out(now) for other in targets if other is not target)
         reason = health.failed(error, now, last_standing=last_standing)
         if reason is not None:
             self.watch.ejected(target.label, reason)
@@ -171,8 +183,9 @@ class _Passage:
     def __init__(self, router: Router, call: Call, targets: Sequence[Target]) -> None:
         self._router = router
         self._call = call
-        self._candidates = [(target, router.health(target)) for target in targets]
-        self._choice = Choice(self._candidates, router.clock(), router.draw)
+        self._targets = targets
+        candidates = [(target, router.health(target)) for target in targets]
+        self._choice = Choice(candidates, router.clock(), router.draw)
         self._attempt: Attempt
         self._retries = 0
         self._generations = 0
@@ -206,9 +219,6 @@ class _Passage:
         self._attempt.answered = True
         self._router.health(self._attempt.target).answered(self._router.clock())
 
-    def completed(self) -> None:
-        self._router.health(self._attempt.target).completed(self._router.clock())
-
     def failed(self, error: UpstreamError | InvalidRequest) -> float:
         """
         How long to pause before the next attempt. Raises *error* where there must be none.
@@ -222,7 +232,7 @@ class _Passage:
                 raise error
             self._refusal = self._refusal or error
             return 0.0
-        self._router.judge(attempt.target, error, self._is_last(attempt.target))
+        self._router.judge(attempt.target, error, self._targets)
         if attempt.answered:
             raise error
         self._error = error
@@ -257,11 +267,6 @@ class _Passage:
             return False
         self._retries += 1
         return True
-
-    def _is_last(self, target: Target) -> bool:
-        """Whether all other targets of this request are out."""
-        now = self._router.clock()
-        return all(health.is_out(now) for other, health in self._candidates if other is not target)
 
 
 def _usage_of(parts: Parts) -> Usage | None:

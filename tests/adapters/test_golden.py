@@ -28,8 +28,8 @@ from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS
 from gateway.schema.reading import read_request
 from gateway.settings import Model, Settings, Target, Upstream
 from gateway.stores.memory import MemoryStore
-from gateway.tokens import Tokens
 from gateway.telemetry.metrics import Metrics
+from gateway.tokens import Tokens
 
 pytestmark = pytest.mark.anyio
 

@@ -204,6 +204,15 @@ async def test_a_target_that_keeps_failing_is_left_alone_and_comes_back() -> Non
         assert (await both.house.post()).json()["choices"][0]["message"]["content"] == "first"
 
 
+async def test_a_target_whose_streams_never_end_properly_is_left_alone() -> None:
+    unfinished = stream_reply(chunk(ROLE), chunk({"content": "Hel"}), DONE)
+    async with pair(unfinished, stream_reply(*hello_stream())) as both:
+        for _ in range(5):
+            assert "error" in events_of((await both.house.post(STREAM)).content)[-1]
+        assert events_of((await both.house.post(STREAM)).content)[-1] == "[DONE]"
+        assert both.asked == (5, 1)
+
+
 async def test_a_wrong_credential_is_said_aloud_and_asked_no_more(caplog: pytest.LogCaptureFixture) -> None:
     async with pair(json_reply(FAILURE, 401), WELL) as both:
         for _ in range(3):
