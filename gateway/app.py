@@ -65,6 +65,8 @@ def create_app(
     ledger = ledger or Ledger()
     store = store or _store(settings, ledger)
     ledger.committed = store.recorded
+    telemetry.metrics.watch("store", store.counts)
+    telemetry.metrics.watch("ledger", ledger.counts)
     tokens = Tokens(settings)
     limiter = Limiter(settings, store, tokens, ledger.used, records=settings.store.url is not None)
     router = Router(settings.upstreams, telemetry.metrics, clock=clock)

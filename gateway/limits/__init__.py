@@ -81,13 +81,13 @@ class Limiter:
         self._under_way[call.id] = call
         decision = await self._decide(call, terms, reservation)
         call.admitted_ms = decision.at_ms
-        call.limits_hit += [(terms.terms[index].label, "shadow") for index in decision.shadowed]
         if terms.terms:
             _tell(call, terms, decision)
         if decision.denied is not None:
             self._forget(call)
             call.limits_hit.append((terms.terms[decision.denied].label, "refused"))
             raise told.refusal(terms, decision, costs, self._now())
+        call.limits_hit += [(terms.terms[index].label, "shadow") for index in decision.shadowed]
 
     def settle(self, call: Call, record: UsageRecord | None) -> None:
         """*call* is over, and took what *record* says; nothing at all where there is none. Does not wait."""

@@ -57,6 +57,10 @@ class Telemetry:
         record = self._record(call)
         estimate = None if call.reckoned else call.estimate
         self.metrics.over(record, call.gaps, None if estimate is None else estimate.tokens)
+        if call.limits_hit:
+            self.metrics.limited(call.limits_hit)
+        if call.degraded:
+            self.metrics.degraded.inc()
         for attempt in call.attempts:
             if isinstance(attempt.error, UpstreamError):
                 self.metrics.upstream_failed(attempt.target.label, attempt.error)

@@ -1,10 +1,12 @@
 """What is counted? The only door to the Prometheus client, in a registry of its own."""
 
+import dataclasses
 import os
 import platform
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -31,6 +33,9 @@ WAIT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 
 OWN_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01, 1.05, 1.1, 1.2, 1.4, 2, 4)
 LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+RISING_AND_FALLING = frozenset({"backlog", "lag_s"})
 
 
 class Distribution(Histogram):
@@ -86,6 +91,32 @@ class Standing(Protocol):
     def in_flight(self) -> int: ...
 
 
+class _Watched:
+    """Plain numbers that another part counts, told of as `suiron_<part>_<name>`; `RISING_AND_FALLING` are gauges."""
+
+    def __init__(self, part: str, counts: Any, registry: CollectorRegistry) -> None:
+        self._counts = counts
+        self._told: dict[str, float] = {}
+        self._metrics: dict[str, Counter | Gauge] = {}
+        for field in dataclasses.fields(counts):
+            name = f"suiron_{part}_{re.sub('_s$', '_seconds', field.name)}"
+            about = f"Of the {part}: {field.name.replace('_', ' ')}."
+            self._metrics[field.name] = (
+                Gauge(name, about, registry=registry, multiprocess_mode="livesum")
+                if field.name in RISING_AND_FALLING
+                else Counter(name, about, registry=registry)
+            )
+
+    def settle(self) -> None:
+        for name, metric in self._metrics.items():
+            value = getattr(self._counts, name)
+            if isinstance(metric, Gauge):
+                metric.set(value)
+            elif more := value - self._told.get(name, 0):
+                metric.inc(more)
+                self._told[name] = value
+
+
 class Metrics:
     """
     The metrics of one app.
@@ -104,6 +135,8 @@ class Metrics:
         self._over: dict[tuple[str, str | None, int | None, Outcome], int] = {}
         self._series: dict[tuple[str, str], _Series] = {}
         self._flying: dict[str, int] = {}
+        self._limits: dict[tuple[str, str], int] = {}
+        self._watched: list[_Watched] = []
 
         both = ("model", "target")
         self.requests = Counter(
@@ -187,6 +220,17 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.limits = Counter(
+            "suiron_limits",
+            "Limits that refused, would have, or were nearly used up.",
+            ("limit", "result"),
+            registry=registry,
+        )
+        self.degraded = Counter(
+            "suiron_degraded_requests",
+            "Requests admitted or refused while the store was out of reach.",
+            registry=registry,
+        )
         self.lag = Distribution(
             "suiron_event_loop_lag_seconds",
             "How late the event loop is, four times a second.",
@@ -218,6 +262,15 @@ class Metrics:
         key = (record.model, record.target, record.status, record.outcome)
         self._over[key] = self._over.get(key, 0) + 1
 
+    def limited(self, hit: Iterable[tuple[str, str]]) -> None:
+        """Limits that a request has met, and what came of each."""
+        for limit in hit:
+            self._limits[limit] = self._limits.get(limit, 0) + 1
+
+    def watch(self, part: str, counts: Any) -> None:
+        """From now on tell of *counts*, a dataclass of plain numbers."""
+        self._watched.append(_Watched(part, counts, self._registry))
+
     def upstream_failed(self, target: str, error: UpstreamError) -> None:
         self.upstream_errors.labels(target, type(error).code or NONE).inc()
 
@@ -241,6 +294,11 @@ class Metrics:
         for standing in self.targets():
             self.target_up.labels(standing.target).set(standing.state == "up")
             self.target_in_flight.labels(standing.target).set(standing.in_flight)
+        for watched in self._watched:
+            watched.settle()
+        limits, self._limits = self._limits, {}
+        for (limit, result), number in limits.items():
+            self.limits.labels(limit, result).inc(number)
         over, self._over = self._over, {}
         for (model, target, status, outcome), number in over.items():
             self.requests.labels(model, target or NONE, status or NONE, outcome).inc(number)

@@ -19,6 +19,7 @@ from gateway.schema.payload import Part
 from gateway.settings import Settings, parse
 from gateway.stores import StoreUnavailable
 from gateway.stores.memory import MemoryStore
+from gateway.telemetry import Telemetry
 from tests.house import HELLO, KEY, House, ScriptedAdapter, completion, json_reply, running, upstream
 from tests.served import until
 
@@ -244,6 +245,22 @@ async def test_a_warning_comes_before_the_limit_does() -> None:
         told = [(await stage.ask()).headers.get("x-suiron-warning") for _ in range(20)]
         warned = "requests per minute of key 'alice': {} % used"
         assert told == [None] * 15 + [warned.format(80)] * 3 + [warned.format(95)] * 2
+
+
+async def test_what_limits_do_is_counted() -> None:
+    limits = "requests_per_minute: 2, requests_per_hour: {limit: 1, enforce: shadow}"
+    telemetry = Telemetry(configured(limits))
+    async with running(configured(limits), {"one": ScriptedAdapter(answer())}, telemetry) as house:
+        assert [(await house.post()).status_code for _ in range(3)] == [200, 200, 429]
+    told = telemetry.metrics.render().decode()
+    for line in (
+        'suiron_limits_total{limit="key requests per minute",result="refused"} 1.0',
+        'suiron_limits_total{limit="key requests per minute",result="warned_95"} 2.0',
+        'suiron_limits_total{limit="key requests per hour",result="shadow"} 1.0',
+        "suiron_degraded_requests_total 0.0",
+        "suiron_ledger_backlog 0.0",
+    ):
+        assert line in told.splitlines()
 
 
 async def test_teams_share_a_limit_and_each_of_its_keys_has_its_own() -> None:
