@@ -42,7 +42,7 @@ def warnings(terms: Terms, decision: Decision) -> list[tuple[Term, int]]:
     return [
         (term, next(percent for share, percent in WARN_AT if left <= share * term.rule.limit))
         for term, left in zip(terms.terms, decision.remaining, strict=True)
-        if left <= 0.2 * term.rule.limit and not isinstance(term.rule, Lease)
+        if left <= 0.2 * term.rule.limit and not term.rule.shadow and not isinstance(term.rule, Lease)
     ]
 
 
