@@ -319,6 +319,32 @@ async def test_a_stray_that_lost_its_reservation_is_charged_by_whoever_records_i
         assert (await second.admit(asking(Plan(scope, plan.rules), 0))).remaining == [970]
 
 
+async def test_what_was_settled_before_redis_forgot_all_and_recorded_after_is_counted(own_redis: RedisServer) -> None:
+    ledger, scope = Ledger(), next(slots)
+    plan = Plan(scope, (Quota(scope, "tokens", 1_000, "month"),))
+    async with store_at(own_redis.url, ledger, timeout_s=0.25) as store:
+        settled = [asking(plan) for _ in range(4)]
+        for reservation in settled:
+            await store.admit(reservation)
+            store.settle(reservation, Costs(7), exact=True, event=b"row")
+        await store.delivered()
+        seqs = [ledger.add(scope, time.time_ns() // 1_000_000, 7)]
+        own_redis.said("FLUSHALL")
+        assert (await store.admit(asking(plan, 0))).remaining == [993]
+        seqs += [ledger.add(scope, time.time_ns() // 1_000_000, 7) for _ in range(3)]
+        store.recorded({reservation.request_id: seq for reservation, seq in zip(settled[:2], seqs, strict=False)})
+        await store.delivered()
+        assert (await store.admit(asking(plan, 0))).remaining == [986]
+        own_redis.kill()
+        store._nodes[0].leave_alone("it was killed")
+        store.recorded({reservation.request_id: seq for reservation, seq in zip(settled[2:], seqs[2:], strict=False)})
+        own_redis.start()
+        await until(lambda: store.available)
+        assert (await store.admit(asking(plan, 0))).remaining == [972]
+        await store.delivered()
+        assert (await store.admit(asking(plan, 0))).remaining == [972]
+
+
 async def test_replicas_that_race_to_seed_a_flushed_quota_seed_it_once(redis: RedisServer) -> None:
     ledger, scope = Ledger(), next(slots)
     ledger.add(scope, time.time_ns() // 1_000_000, 400)

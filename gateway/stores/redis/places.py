@@ -20,8 +20,8 @@ SCHEMES = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluste
 DEFAULT_PORT = 6379
 SENTINEL_PORT = 26379
 
-MakeNode = Callable[[Callable[[], Awaitable[Address]], Access, int], Node]
-"""A node from how to find it, what a connection begins with, and a partition it has."""
+MakeNode = Callable[[Callable[[], Awaitable[Address]], Access], Node]
+"""A node from how to find it, and what a connection begins with."""
 
 
 class Places(Protocol):
@@ -102,8 +102,8 @@ def places(where: Where, make: MakeNode, timeout_s: float) -> Places:
     if where.cluster:
         return Cluster(where, make)
     if where.master is not None:
-        return Single(make(_asking_sentinel(where, where.master, timeout_s), where.access, 0))
-    return Single(make(_always(where.addresses[0]), where.access, 0))
+        return Single(make(_asking_sentinel(where, where.master, timeout_s), where.access))
+    return Single(make(_always(where.addresses[0]), where.access))
 
 
 def _always(address: Address) -> Callable[[], Awaitable[Address]]:
@@ -171,7 +171,7 @@ class Cluster:
     def at(self, address: Address) -> Node:
         node = self._known.get(address)
         if node is None:
-            node = self._known[address] = self._make(_always(address), self._access, 0)
+            node = self._known[address] = self._make(_always(address), self._access)
         return node
 
     def moved(self, partition: int, address: Address) -> Node:

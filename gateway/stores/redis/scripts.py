@@ -16,6 +16,10 @@ def bulk(data: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(data), data)
 
 
+def _text(argument: bytes | int) -> bytes:
+    return argument if isinstance(argument, bytes) else b"%d" % argument
+
+
 class Script:
     """A file of `lua/`, after what all of them share."""
 
@@ -24,6 +28,7 @@ class Script:
         clock = GIVEN_CLOCK if given_clock else CLOCK
         text = clock + (folder / "common.lua").read_text("utf-8") + (folder / f"{name}.lua").read_text("utf-8")
         self._text = text.encode()
+        self._given = int(given_clock)
         self._sha = hashlib.sha1(self._text, usedforsecurity=False).hexdigest().encode()
 
     def load(self) -> bytes:
@@ -31,15 +36,17 @@ class Script:
 
     def call(self, keys: Sequence[bytes], arguments: Sequence[bytes | int], whole: bool = False) -> bytes:
         """A call by the script's hash, or with the *whole* of it, for a server that does not know it."""
-        how = (b"EVAL", self._text) if whole else (b"EVALSHA", self._sha)
-        return packed(*how, len(keys), *keys, *arguments)
+        return self.head(keys, 0, len(arguments), whole) + b"".join(map(bulk, map(_text, arguments)))
 
     def head(self, keys: Sequence[bytes], more_keys: int, arguments: int, whole: bool = False) -> bytes:
-        """How a call begins, up to *keys*. *more_keys* and *arguments* are still to come, each as a `bulk`."""
+        """
+        How a call begins, up to *keys*. *more_keys* and *arguments* are still to come, each as a `bulk`; and the time,
+        where the clock is given.
+        """
         how = (b"EVAL", self._text) if whole else (b"EVALSHA", self._sha)
         count = len(keys) + more_keys
         parts = [*how, b"%d" % count, *keys]
-        return b"*%d\r\n" % (3 + count + arguments) + b"".join(map(bulk, parts))
+        return b"*%d\r\n" % (3 + count + arguments + self._given) + b"".join(map(bulk, parts))
 
 
 class Scripts:
