@@ -19,6 +19,8 @@ from gateway.api.models import model_routes
 from gateway.api.page import page_routes
 from gateway.api.shutdown import Shutdown
 from gateway.auth import Keyring, why_not_anonymous
+from gateway.cache import Cache
+from gateway.cache.question import Fingerprints
 from gateway.errors import CannotLoad, GatewayError
 from gateway.ledger import Ledger
 from gateway.limits import Limiter
@@ -27,6 +29,7 @@ from gateway.pipeline import Pipeline
 from gateway.routing import Router
 from gateway.settings import Settings, SettingsError
 from gateway.stores import LimitStore
+from gateway.stores.answers import MemoryAnswers
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry import Telemetry
 from gateway.telemetry.lag import supervised
@@ -71,7 +74,9 @@ def create_app(
     limiter = Limiter(settings, store, tokens, ledger.used, records=settings.store.url is not None)
     router = Router(settings.upstreams, telemetry.metrics, clock=clock)
     telemetry.metrics.targets = router.standings
-    pipeline = Pipeline(models, ledger, limiter, router, tokens)
+    fingerprints = Fingerprints(settings)
+    cache = Cache(settings, MemoryAnswers(settings.cache.max_bytes), fingerprints)
+    pipeline = Pipeline(models, ledger, limiter, cache, router, tokens)
     upkeep = Upkeep(limiter, store, ledger)
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)
@@ -80,6 +85,7 @@ def create_app(
         for name, facts in findings.items():
             if isinstance(facts, UpstreamFacts):
                 tokens.probed(name, facts)
+                fingerprints.found(name, facts)
         on_ready(findings)
 
     @asynccontextmanager
@@ -98,6 +104,7 @@ def create_app(
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            await cache.aclose()
             await store.aclose()
             tokens.close()
             await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))

@@ -19,6 +19,9 @@ from gateway.schema.endpoint import Endpoint
 from gateway.schema.payload import Parts, Payload
 from gateway.stores import Reservation
 
+CacheState = Literal["hit", "miss", "shared", "bypass"]
+"""Where an answer came from: `shared` is another call's generation; `bypass`, one that may not be kept."""
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -155,6 +158,8 @@ class Call:
     created: int = field(default_factory=lambda: int(time.time()))
     given_id: str | None = None
     """What the client calls it, if that is fit to be repeated; upstreams never see it."""
+    cache_control: bytes = b""
+    """What the client's header of that name says."""
     clock: Callable[[], float] = time.perf_counter
     started: float = field(default_factory=time.perf_counter)
     """When its body was there, in seconds on `clock`, as are the other times."""
@@ -172,7 +177,7 @@ class Call:
     heard: Heard = field(default_factory=Heard)  # account
     reckoned: bool = False  # tokens: whether `usage` is, in part or whole, a count of our own
     admitted_ms: int = 0  # limit: by the store's clock, in milliseconds since 1970
-    cache: Literal["", "hit", "miss", "shared", "bypass"] = ""  # cache
+    cache: CacheState | Literal[""] = ""  # cache: empty where it is off; a miss pays for the generation
     hits_cost: Literal["full", "cached", "free"] = "free"  # cache: which share of the price, if it is a hit or shared
     first_at: float | None = None  # account: when its first part arrived
     last_at: float = 0.0  # account: when its latest part did

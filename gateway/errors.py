@@ -7,6 +7,7 @@ What can go wrong, and what is the client told?
       - ContextLengthExceeded    400
       - RequestTooLarge          400  beyond a limit by itself
     + AuthenticationFailed       401
+    + PermissionDenied           403  a key of the wrong kind
     + ModelNotFound              404
     + UnknownURL                 404
     + MethodNotAllowed           405
@@ -15,6 +16,7 @@ What can go wrong, and what is the client told?
     + QuotaExceeded              429  coming back does not help
     + BodyTooLarge               413
     + HeadersTooLarge            431
+    + NotCached                  504  it may not be generated, as the client says
   x UpstreamError                a backend failed: another target may do
     + UpstreamUnreachable        502  no connection
     + UpstreamFailed             502  a 5xx, nonsense, or an answer cut short
@@ -87,6 +89,11 @@ class AuthenticationFailed(RequestError):
     status = 401
 
 
+class PermissionDenied(RequestError):
+    status = 403
+    code = "permission_denied"
+
+
 class ModelNotFound(RequestError):
     status = 404
     code = "model_not_found"
@@ -117,6 +124,14 @@ class BodyTooLarge(RequestError):
 class HeadersTooLarge(RequestError):
     status = 431
     code = "headers_too_large"
+
+
+class NotCached(RequestError):
+    status = 504
+    code = "not_cached"
+
+    def __init__(self) -> None:
+        super().__init__("No kept answer may be given to this request, and `only-if-cached` forbids to generate one.")
 
 
 class RateLimited(RequestError):

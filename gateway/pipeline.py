@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from gateway.cache import Cache
 from gateway.call import Call
 from gateway.ledger import Ledger
 from gateway.limits import Limiter
@@ -16,10 +17,13 @@ from gateway.tokens import Tokens
 
 
 class Pipeline:
-    def __init__(self, models: Models, ledger: Ledger, limiter: Limiter, router: Router, tokens: Tokens) -> None:
+    def __init__(
+        self, models: Models, ledger: Ledger, limiter: Limiter, cache: Cache, router: Router, tokens: Tokens
+    ) -> None:
         self._models = models
         self._ledger = ledger
         self._limiter = limiter
+        self._cache = cache
         self._router = router
         self._tokens = tokens
 
@@ -38,7 +42,8 @@ class Pipeline:
         call.entry = self._ledger.entry(call)
         if costs is not None:
             await self._limiter.admit(call, costs)
-        async with aclosing(self._router.answer(call, targets)) as parts:
+        answered = self._cache.through(call, lambda generation: self._router.answer(generation, targets))
+        async with aclosing(answered) as parts:
             async for arrived in parts:
                 call.arrived(arrived)
                 yield arrived

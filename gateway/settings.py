@@ -270,6 +270,21 @@ class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     timeout_s: Seconds = 0.25
 
 
+class Answers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    Where kept answers lie, of all models together: in Redis at `url`, null for where the store is, if that is Redis.
+
+    No more than `max_bytes`. What is not there within `timeout_s` counts as not kept. `wait_s` is how long a request
+    waits for the answer that another replica is generating.
+    """
+
+    url: str | None = None
+    password: Secret | None = None
+    max_bytes: Annotated[int, Meta(ge=1024 * 1024)] = 256 * 1024 * 1024
+    timeout_s: Seconds = 0.05
+    wait_s: SecondsOr0 = 10.0
+
+
 class Database(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
     Where the ledger is: `sqlite:///path` or `postgresql://…`; null for what `suiron serve` takes by default.
@@ -292,6 +307,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     models: dict[str, Model] = {}
     limits: Limits = Limits()
     store: Store = Store()
+    cache: Answers = Answers()
     database: Database = Database()
 
 

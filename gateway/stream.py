@@ -23,7 +23,7 @@ from msgspec import UNSET, Raw
 from gateway.call import Call
 from gateway.errors import UpstreamFailed
 from gateway.schema.common import Usage
-from gateway.schema.endpoint import CHAT
+from gateway.schema.endpoint import CHAT, expected_choices, texts_in
 from gateway.schema.payload import NULL, Part, Parts
 from gateway.stops import cut_at_stops
 
@@ -53,15 +53,6 @@ async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[P
                 yield rewritten
         if last := chunks.end():
             yield last
-
-
-def expected_choices(request: Any) -> int:
-    return _texts(getattr(request, "prompt", None)) * (request.n or 1)
-
-
-def _texts(given: Any) -> int:
-    """How many texts a `prompt` or an `input` is; a list of token ids is one."""
-    return len(given) if isinstance(given, list) and not isinstance(given[0], int) else 1
 
 
 # A whole answer.
@@ -95,7 +86,7 @@ def _whole_choices(call: Call, choices: Any, raw: Raw) -> Any:
 
 
 def _whole_data(call: Call, data: Any, raw: Raw) -> Any:
-    if len(data) != _texts(call.request.value.input):
+    if len(data) != texts_in(call.request.value.input):
         raise UpstreamFailed("The upstream's answer is not complete.")
     if all(vector.index == position for position, vector in enumerate(data)):
         return raw

@@ -13,11 +13,11 @@ from adapters.openai import Adapter
 from gateway.auth import ANONYMOUS
 from gateway.call import Call
 from gateway.errors import UpstreamFailed
-from gateway.schema.endpoint import CHAT, COMPLETIONS, Endpoint
+from gateway.schema.endpoint import CHAT, COMPLETIONS, Endpoint, expected_choices
 from gateway.schema.payload import Part, Payload
 from gateway.settings import Upstream
 from gateway.sse import Event, EventReader
-from gateway.stream import Chunks, expected_choices, finished
+from gateway.stream import Chunks, finished
 from tests.house import HELLO, ROLE, USAGE
 
 T = TypeVar("T")

@@ -47,6 +47,7 @@ def generation_apps(
                 return
             given_id = request_id_of(scope["headers"])
             call = Call(endpoint, principal, payload, unknown, given_id=given_id, clock=clock, started=started)
+            call.cache_control = b",".join([value for name, value in scope["headers"] if name == b"cache-control"])
             telemetry.begin(call, scope["headers"])
             try:
                 await Answer(call, pipeline.answer(call), server, interrupt, shutdown)(scope, receive, send)

@@ -71,3 +71,12 @@ COMPLETIONS = Endpoint(
 )
 EMBEDDINGS = Endpoint("embed", "embeddings", "input", EmbeddingRequest, Embeddings, Embeddings)
 ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS)
+
+
+def expected_choices(request: Any) -> int:
+    return texts_in(getattr(request, "prompt", None)) * (request.n or 1)
+
+
+def texts_in(given: Any) -> int:
+    """How many texts a `prompt` or an `input` is; a list of token ids is one."""
+    return len(given) if isinstance(given, list) and not isinstance(given[0], int) else 1

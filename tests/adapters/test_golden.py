@@ -17,6 +17,8 @@ import httpx2
 import pytest
 
 from gateway.auth import ANONYMOUS
+from gateway.cache import Cache
+from gateway.cache.question import Fingerprints
 from gateway.call import Call
 from gateway.errors import GatewayError
 from gateway.ledger import Ledger
@@ -27,6 +29,7 @@ from gateway.routing import Router
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS
 from gateway.schema.reading import read_request
 from gateway.settings import Model, Settings, Target, Upstream
+from gateway.stores.answers import MemoryAnswers
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.tokens import Tokens
@@ -68,7 +71,8 @@ async def exchange(case: Path) -> tuple[Any, list[Any]]:
     settings = Settings(upstreams={"upstream": upstream}, models={"smart": model})
     models, ledger, tokens = Models(settings, {"upstream": adapter}), Ledger(), Tokens(settings)
     limiter = Limiter(settings, MemoryStore(ledger.used), tokens, ledger.used)
-    pipeline = Pipeline(models, ledger, limiter, Router(settings.upstreams, Metrics()), tokens)
+    cache = Cache(settings, MemoryAnswers(1_000_000), Fingerprints(settings))
+    pipeline = Pipeline(models, ledger, limiter, cache, Router(settings.upstreams, Metrics()), tokens)
     answered = []
     try:
         async for arrived in pipeline.answer(call):

@@ -16,11 +16,10 @@ from gateway.adapter import Dispatch
 from gateway.schema.chat import AnswerMessage, ChatChoice, ChatChunk, ChatCompletion, ChunkChoice, Delta
 from gateway.schema.completions import Completion, CompletionChoice
 from gateway.schema.embeddings import Embedding, Embeddings
-from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, Endpoint
+from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, Endpoint, expected_choices
 from gateway.schema.payload import Part, Parts, Payload
 from gateway.schema.reading import OPERATOR_FIELDS
 from gateway.settings import Server
-from gateway.stream import expected_choices
 from tests.house import AUTH, HELLO, House, ScriptedAdapter, scripted
 
 pytestmark = pytest.mark.anyio

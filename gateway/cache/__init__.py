@@ -1,0 +1,343 @@
+"""Was this answered before, or is it being answered now?"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from gateway.cache.control import ANY, Control, read_control
+from gateway.cache.entry import entry_of, pack, unpack
+from gateway.cache.flights import MAX_KEPT_BYTES, Flight
+from gateway.cache.forms import cut, merged
+from gateway.cache.question import Fingerprints, is_admitted, key_of
+from gateway.cache.track import Track
+from gateway.call import CacheState, Call
+from gateway.errors import GatewayError, NotCached, RequestError
+from gateway.schema.endpoint import expected_choices, texts_in
+from gateway.schema.payload import Part, Parts
+from gateway.settings import Caching, Settings
+from gateway.stores import StoreUnavailable
+from gateway.stores.answers import AnswerStore, Epochs
+
+logger = logging.getLogger("suiron")
+
+Produce = Callable[[Call], AsyncGenerator[Parts]]
+"""Generates an answer for a call: the rest of the pipeline."""
+
+WHOLE = frozenset(("stop", "tool_calls", "function_call"))
+"""Why an answer ended that may be given again: not for its length, and not for a filter."""
+
+AT_ONCE = 64
+"""Pieces of a kept stream that leave together."""
+LARGE_BYTES = 64 * 1024
+"""What is packed or unpacked beside the event loop."""
+JITTER = 0.1
+"""By how much of their time entries end early, each by another share, so that they do not all end at once."""
+LEASE_S = 30.0
+POLL_S = 0.1
+
+
+class Cache:
+    """
+    Gives kept answers to those who ask the same, and one answer to those who ask it at the same time.
+
+    *now* is the wall clock, which entries are dated by; *sleep* waits between the pieces of a replay.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: AnswerStore,
+        fingerprints: Fingerprints,
+        *,
+        now: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._models = {name: model.cache for name, model in settings.models.items()}
+        self._keys = {key.name: key.cache for key in settings.auth.keys if key.cache is not None}
+        self._wait_s = settings.cache.wait_s
+        self._store = store
+        self._fingerprints = fingerprints
+        self._now = now
+        self._sleep = sleep
+        self._flights: dict[bytes, Flight] = {}
+        self._running: set[asyncio.Task[None]] = set()
+
+    def policy_for(self, call: Call) -> Caching:
+        """The key's own, or the model's."""
+        return self._keys.get(call.principal.name) or self._models[call.request.value.model]
+
+    def through(self, call: Call, produce: Produce) -> AsyncGenerator[Parts]:
+        """
+        An answer from before, one that is being generated, or one that *produce* generates.
+
+        `call.cache` and its header say which before the first part. Raises NotCached where the client wants none that
+        must be generated; and what *produce* raises.
+        """
+        policy = self.policy_for(call)
+        control = read_control(call.cache_control) if call.cache_control else ANY
+        if policy.mode == "off" and not control.only_if_cached:
+            return produce(call)
+        call.hits_cost = policy.hits_cost
+        if control.no_store or not is_admitted(policy, call.endpoint, call.request.value):
+            if control.only_if_cached:
+                raise NotCached
+            _mark(call, "bypass")
+            return produce(call)
+        return self._answered(call, policy, control, produce)
+
+    async def _answered(self, call: Call, policy: Caching, control: Control, produce: Produce) -> AsyncGenerator[Parts]:
+        question = self._question(call, policy, control)
+        kept = await self._look_up(question)
+        if kept is not None and self._may_be_given(kept, question):
+            _mark(call, "hit")
+            call.headers["age"] = str(int(max(0.0, self._now() - kept.at)))
+            source = self._replayed(call, kept.track, policy)
+        elif control.only_if_cached:
+            raise NotCached
+        elif policy.coalesce:
+            source = self._shared(question, produce)
+        else:
+            _mark(call, "miss")
+            source = self._recorded(question, produce)
+        async with aclosing(source):
+            async for arrived in source:
+                yield arrived
+
+    def _question(self, call: Call, policy: Caching, control: Control) -> "Question":
+        model, tenant = call.request.value.model, call.principal.tenant
+        key = key_of(tenant, call.endpoint, self._fingerprints.of(model), call.request)
+        return Question(call, key, ("all", f"model:{model}", f"tenant:{tenant}"), policy, control)
+
+    async def _look_up(self, question: "Question") -> "Kept | None":
+        """What is kept for it, if it is really for it, and nobody has said to forget it since."""
+        try:
+            found = await self._store.read(question.key, question.scopes)
+        except StoreUnavailable:
+            return None
+        question.epochs = found.epochs
+        if found.entry is None:
+            return None
+        entry = unpack(found.entry)
+        if entry is None or entry.epochs != found.epochs:
+            return None
+        if entry.key != question.key:
+            logger.error("the cache gave an entry for another key: it was not used")
+            return None
+        try:
+            endpoint = question.call.endpoint
+            track = entry.track(endpoint.chunks if entry.streamed else endpoint.answers)
+        except msgspec.MsgspecError:
+            return None
+        return Kept(entry.at, track)
+
+    def _may_be_given(self, kept: "Kept", question: "Question") -> bool:
+        control = question.control
+        age_s = self._now() - kept.at
+        if control.no_cache or age_s >= question.policy.ttl_s:
+            return False
+        return control.max_age_s is None or age_s <= control.max_age_s
+
+    async def _replayed(self, call: Call, track: Track, policy: Caching) -> AsyncGenerator[Parts]:
+        if policy.replay == "recorded" and call.streamed and track.streamed:
+            start = 0
+            for position in range(1, len(track)):
+                if wait_ms := track.waits_ms[position]:
+                    yield track.parts(start, position)
+                    start = position
+                    await self._sleep(wait_ms / 1000)
+            yield track.parts(start, len(track))
+            return
+        for parts in told(call, track):
+            yield parts
+            await asyncio.sleep(0)  # for others: a long answer takes milliseconds
+
+    # Without anybody else.
+
+    async def _recorded(self, question: "Question", produce: Produce) -> AsyncGenerator[Parts]:
+        track = Track(question.call.streamed)
+        async with aclosing(produce(question.call)) as parts:
+            async for arrived in parts:
+                if track.size_bytes < MAX_KEPT_BYTES:
+                    track.add(arrived)
+                yield arrived
+        self._run(self._keep(question, track))
+
+    async def _keep(self, question: "Question", track: Track) -> None:
+        """Where nothing speaks against it."""
+        policy = question.policy
+        if question.epochs is None or track.size_bytes > MAX_KEPT_BYTES or not is_whole(question.call, track):
+            return
+        entry = entry_of(question.key, self._now(), question.epochs, track)
+        packed = await asyncio.to_thread(pack, entry) if track.size_bytes > LARGE_BYTES else pack(entry)
+        if len(packed) <= policy.max_entry_bytes:
+            ttl_s = policy.ttl_s * (1 - JITTER * question.key[0] / 255)
+            with suppress(StoreUnavailable):
+                await self._store.write(question.key, packed, ttl_s)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    # Together.
+
+    async def _shared(self, question: "Question", produce: Produce) -> AsyncGenerator[Parts]:
+        """Who joined a generation that failed tries once more; who began one, or has heard of it, is told."""
+        call = question.call
+        for is_last in (False, True):
+            flight = self._flights.get(question.key)
+            joins = flight is not None and flight.is_open and flight.epochs == question.epochs
+            if flight is None or not joins or question.control.no_cache:
+                flight, joins = self._launched(question, produce), False
+            _mark(call, "shared" if joins else "miss")
+            begun = False
+            try:
+                async with aclosing(flight.listen(call)) as heard:
+                    async for item in heard:
+                        if flight.borrowed:
+                            _mark(call, "shared")
+                        begun = True
+                        for parts in told(call, item) if isinstance(item, Track) else (item,):
+                            yield parts
+                return
+            except RequestError:
+                raise
+            except GatewayError:
+                if not joins or begun or is_last:
+                    raise
+
+    def _launched(self, question: "Question", produce: Produce) -> Flight:
+        flight = Flight(question.call, question.epochs)
+        self._flights[question.key] = flight
+        token = secrets.token_hex(8) if self._store.shared and question.epochs is not None else None
+
+        async def landed() -> None:
+            try:
+                if flight.is_complete and not flight.borrowed:
+                    await self._keep(question, flight.track)
+            finally:
+                if self._flights.get(question.key) is flight:
+                    del self._flights[question.key]
+                if token is not None:
+                    with suppress(StoreUnavailable):
+                        await self._store.follow(question.key, token)
+
+        task = flight.start(self._source(flight, question, produce, token), landed)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return flight
+
+    async def _source(
+        self, flight: Flight, question: "Question", produce: Produce, token: str | None
+    ) -> AsyncGenerator[Parts]:
+        """What another process has found by then; else what is generated, while others are held off."""
+        if token is not None and not question.control.no_cache and not await self._leads(question, token):
+            kept = await self._found_elsewhere(question)
+            if kept is not None:
+                flight.borrowed = True
+                for known in told(flight.call, kept.track):
+                    yield known
+                return
+            await self._leads(question, token)
+        async with aclosing(produce(flight.call)) as parts:
+            renewed = time.monotonic()
+            async for arrived in parts:
+                yield arrived
+                if token is not None and time.monotonic() - renewed > LEASE_S / 3:
+                    renewed = time.monotonic()
+                    self._run(self._renew(question, token))
+
+    async def _leads(self, question: "Question", token: str) -> bool:
+        """Whether this is the process to look for an answer; also where nobody can say."""
+        try:
+            return await self._store.lead(question.key, token, LEASE_S)
+        except StoreUnavailable:
+            return True
+
+    async def _renew(self, question: "Question", token: str) -> None:
+        await self._leads(question, token)
+
+    async def _found_elsewhere(self, question: "Question") -> "Kept | None":
+        """The answer that another process is generating; None if it came to nothing, or takes too long."""
+        until = time.monotonic() + self._wait_s
+        while time.monotonic() < until:
+            await asyncio.sleep(POLL_S)
+            try:
+                is_led = await self._store.is_led(question.key)
+            except StoreUnavailable:
+                return None
+            kept = await self._look_up(question)  # after that: who leads no longer has written before
+            if kept is not None and self._may_be_given(kept, question):
+                return kept
+            if not is_led:
+                return None
+        return None
+
+    async def forget(self, *, model: str | None = None, tenant: str | None = None) -> None:
+        """What is kept is given no more: of a model, of a tenant, or all. Raises StoreUnavailable."""
+        scope = f"model:{model}" if model is not None else f"tenant:{tenant}" if tenant is not None else "all"
+        await self._store.forget(scope)
+
+    async def aclose(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._store.aclose()
+
+
+@dataclass(slots=True)
+class Question:
+    """One call's, and what it may be answered with. `epochs` None: the store could not be asked."""
+
+    call: Call
+    key: bytes
+    scopes: tuple[str, ...]
+    policy: Caching
+    control: Control
+    epochs: Epochs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An answer from the store; `at` in seconds since 1970."""
+
+    at: float
+    track: Track
+
+
+def _mark(call: Call, state: CacheState) -> None:
+    call.cache = state
+    call.headers["x-suiron-cache"] = state
+
+
+def is_whole(call: Call, track: Track) -> bool:
+    """Whether an answer came to its end by itself, with all that was asked for."""
+    if not track:
+        return False
+    if call.endpoint.streams:
+        ends = [track.finishes.get(index) for index in range(expected_choices(call.request.value))]
+        return WHOLE.issuperset(ends)
+    return len(track.shapes[0].value.data) == texts_in(call.request.value.input)
+
+
+def told(call: Call, track: Track) -> Iterator[Parts]:
+    """A whole track in the form that *call* asks for, some pieces at a time."""
+    endpoint = call.endpoint
+    if call.streamed == track.streamed:
+        for start in range(0, len(track), AT_ONCE):
+            yield track.parts(start, min(start + AT_ONCE, len(track)))
+    elif call.streamed:
+        parts = [Part(endpoint.chunks.decode(wire), wire) for wire in cut(endpoint, track.part(0).wire)]
+        parts[-1].usage = track.usage
+        for start in range(0, len(parts), AT_ONCE):
+            yield parts[start : start + AT_ONCE]
+    else:
+        wire = merged(endpoint, track.joined())
+        yield [Part(endpoint.answers.decode(wire), wire, track.usage)]
