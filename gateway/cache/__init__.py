@@ -9,8 +9,6 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from gateway.cache.control import ANY, Control, read_control
 from gateway.cache.entry import entry_of, pack, unpack
 from gateway.cache.flights import MAX_KEPT_BYTES, Flight
@@ -130,12 +128,7 @@ class Cache:
         if entry.key != question.key:
             logger.error("the cache gave an entry for another key: it was not used")
             return None
-        try:
-            endpoint = question.call.endpoint
-            track = entry.track(endpoint.chunks if entry.streamed else endpoint.answers)
-        except msgspec.MsgspecError:
-            return None
-        return Kept(entry.at, track)
+        return Kept(entry.at, entry.track(question.call.endpoint))
 
     def _may_be_given(self, kept: "Kept", question: "Question") -> bool:
         control = question.control
@@ -161,7 +154,7 @@ class Cache:
     # Without anybody else.
 
     async def _recorded(self, question: "Question", produce: Produce) -> AsyncGenerator[Parts]:
-        track = Track(question.call.streamed)
+        track = Track(question.call.endpoint, question.call.streamed)
         async with aclosing(produce(question.call)) as parts:
             async for arrived in parts:
                 if track.size_bytes < MAX_KEPT_BYTES:
@@ -324,7 +317,7 @@ def is_whole(call: Call, track: Track) -> bool:
     if call.endpoint.streams:
         ends = [track.finishes.get(index) for index in range(expected_choices(call.request.value))]
         return WHOLE.issuperset(ends)
-    return len(track.shapes[0].value.data) == texts_in(call.request.value.input)
+    return len(track.part(0).value.data) == texts_in(call.request.value.input)
 
 
 def told(call: Call, track: Track) -> Iterator[Parts]:

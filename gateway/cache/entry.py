@@ -1,16 +1,17 @@
 """How does an answer lie in the store?"""
 
 import zlib
-from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from gateway.cache.track import Shape, Track
 from gateway.schema.common import Usage
+from gateway.schema.endpoint import Endpoint
 from gateway.stores.answers import Epochs
 
 COMPRESS_FROM_BYTES = 1024
+PLAIN, COMPRESSED = b"p", b"z"
 MAX_BYTES = 32 * 1024 * 1024
 """Of an entry, no longer compressed: one that claims to be larger is none."""
 
@@ -41,27 +42,26 @@ class Entry(Struct, array_like=True, frozen=True):
     waits_ms: list[int]
     tokens: list[int]
 
-    def track(self, decoder: "msgspec.json.Decoder[Any]") -> Track:
-        """Raises MsgspecError where a chunk is none."""
-        track = Track(self.streamed)
+    def track(self, endpoint: Endpoint) -> Track:
+        track = Track(endpoint, self.streamed)
         position = 0
         for run in self.runs:
-            shape = Shape(None, run.before, run.after)
+            shape = Shape(run.before, run.after)
             start = 0
             for length in run.cuts:
                 text = None if run.text is None else run.text[start : start + length]
                 start += length
                 track.put(shape, text, self.waits_ms[position], self._usage(position))
                 position += 1
-            shape.value = decoder.decode(track.part(position - 1).wire)
         track.usage = self.usage
         return track
 
     def _usage(self, position: int) -> Usage | None:
+        """Who takes only the beginning has had all of it, unless it is known what that is."""
         if self.usage is None or position == len(self.waits_ms) - 1:
             return self.usage
         if not self.tokens:
-            return None
+            return None if position else self.usage
         prompt, said = self.usage.prompt_tokens, self.tokens[position]
         return Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
 
@@ -100,19 +100,22 @@ def _runs(track: Track) -> list[Run]:
 
 def pack(entry: Entry) -> bytes:
     """May take milliseconds where the answer is long."""
-    packed = _ENCODER.encode(entry)
-    return b"\0" + packed if len(packed) < COMPRESS_FROM_BYTES else b"\1" + zlib.compress(packed, 1)
+    plain = _ENCODER.encode(entry)
+    packed = plain if len(plain) < COMPRESS_FROM_BYTES else zlib.compress(plain, 1)
+    return (PLAIN if packed is plain else COMPRESSED) + zlib.crc32(packed).to_bytes(4, "big") + packed
 
 
-def unpack(packed: bytes) -> Entry | None:
-    """None for what is no entry."""
+def unpack(stored: bytes) -> Entry | None:
+    """None for what is no entry, or no longer as it was."""
+    form, check, packed = stored[:1], stored[1:5], stored[5:]
+    if zlib.crc32(packed).to_bytes(4, "big") != check:
+        return None
     try:
-        if packed[:1] == b"\0":
-            return _DECODER.decode(packed[1:])
-        if packed[:1] == b"\1":
+        if form == COMPRESSED:
             inflating = zlib.decompressobj()
-            plain = inflating.decompress(packed[1:], MAX_BYTES)
-            return _DECODER.decode(plain) if inflating.eof else None
+            packed = inflating.decompress(packed, MAX_BYTES)
+            if not inflating.eof:
+                return None
+        return _DECODER.decode(packed)
     except (zlib.error, msgspec.MsgspecError):
-        pass
-    return None
+        return None

@@ -47,7 +47,8 @@ class Flight:
     def __init__(self, call: Call, epochs: Epochs | None) -> None:
         self.call = copy.copy(call)
         self.epochs = epochs
-        self.track = Track(call.streamed)
+        self.track = Track(call.endpoint, call.streamed)
+        self._latest: tuple[int, Parts] | None = None
         self.borrowed = False
         self.error: Exception | None = None
         self._seats: list[Seat] = []
@@ -74,6 +75,7 @@ class Flight:
         try:
             async with aclosing(source):
                 async for arrived in source:
+                    self._latest = len(self.track), arrived
                     self.track.add(arrived)
                     self._wake()
                     if self.track.size_bytes > MAX_KEPT_BYTES:
@@ -102,7 +104,8 @@ class Flight:
         while any(seat.position < len(self.track) for seat in self._seats):
             self._drained = asyncio.get_running_loop().create_future()
             await self._drained
-        self.track = Track(self.track.streamed)
+        self.track = Track(self.call.endpoint, self.track.streamed)
+        self._latest = None
         for seat in self._seats:
             seat.position = 0
 
@@ -121,7 +124,7 @@ class Flight:
                 track, position = self.track, seat.position
                 if live and position < len(track):
                     seat.position = len(track)
-                    yield track.parts(position, seat.position)
+                    yield self._heard(seat, position)
                 elif not self._over:
                     await self._news(seat)
                 elif self.error is not None:
@@ -133,6 +136,13 @@ class Flight:
         finally:
             if self._leave(seat):
                 await self._end()
+
+    def _heard(self, seat: Seat, position: int) -> Parts:
+        """What has come since; who pays gets the parts themselves, and the others' are made anew: they are changed."""
+        if seat is self._seats[0] and self._latest is not None and self._latest[0] == position:
+            parts, self._latest = self._latest[1], None
+            return parts
+        return self.track.parts(position, len(self.track))
 
     async def _news(self, seat: Seat) -> None:
         if self._drained is not None and not self._drained.done():

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET
 
 from gateway.schema.common import Usage
+from gateway.schema.endpoint import Endpoint
 from gateway.schema.payload import Part, Parts
 
 _encode = msgspec.json.encode
@@ -22,12 +23,11 @@ PIECE_BYTES = 200
 
 
 class Shape:
-    """What chunks have in common: the bytes around their text, and a value that differs in its text alone."""
+    """The bytes that chunks have in common, around their text; all of them where there is no telling."""
 
-    __slots__ = ("after", "before", "value")
+    __slots__ = ("after", "before")
 
-    def __init__(self, value: Any, before: bytes, after: bytes = b"") -> None:
-        self.value = value
+    def __init__(self, before: bytes, after: bytes = b"") -> None:
         self.before = before
         self.after = after
 
@@ -37,10 +37,10 @@ class Track:
     The pieces of one answer, as they come or as they were kept.
 
     *streamed* says whether they are the chunks of a stream; else there is one, the whole. `waits_ms` is how long each
-    piece was waited for, 0 where it came with the one before.
+    piece was waited for, 0 where it came with the one before; `usages`, what was used by then, None if nobody said.
     """
 
-    def __init__(self, streamed: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, endpoint: Endpoint, streamed: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.streamed = streamed
         self.shapes: list[Shape] = []
         self.texts: list[str | None] = []
@@ -50,6 +50,7 @@ class Track:
         self.size_bytes = 0
         self.finishes: dict[int, str] = {}
         """Of each choice that has ended: why."""
+        self._decoder = endpoint.chunks if streamed else endpoint.answers
         self._clock = clock
         self._last = clock()
 
@@ -71,9 +72,9 @@ class Track:
             written = _encode(text)
             if shape is None or self.texts[-1] is None or shape.before + written + shape.after != wire:
                 before, found, after = wire.partition(written)
-                shape = Shape(value, before, after) if found else None
+                shape = Shape(before, after) if found else None
         if text is None or shape is None:
-            text, shape = None, Shape(value, wire)
+            text, shape = None, Shape(wire)
         if not self.shapes or shape is not self.shapes[-1]:
             self.size_bytes += len(shape.before) + len(shape.after)
         self.size_bytes += PIECE_BYTES + (len(text) if text else 0)
@@ -91,14 +92,10 @@ class Track:
             self.usage = usage
 
     def part(self, position: int) -> Part[Any]:
-        """
-        One piece, for one reader to change.
-
-        Its value has the text of the first of its shape: behind the waist, text is read from the wire only.
-        """
+        """One piece, for one reader to change."""
         shape, text = self.shapes[position], self.texts[position]
         wire = shape.before if text is None else shape.before + _encode(text) + shape.after
-        return Part(shape.value, wire, self.usages[position])
+        return Part(self._decoder.decode(wire), wire, self.usages[position])
 
     def parts(self, start: int, end: int) -> Parts:
         return [self.part(position) for position in range(start, end)]
