@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, cast
 import httptools
 import httpx2
 
+from gateway.addresses import Addresses
+
 _BLOCK_BYTES = 65_536
 _PORTION_BYTES = 16_384
 _MAX_HEADERS = 256
@@ -138,11 +140,13 @@ class Transport(httpx2.AsyncBaseTransport):
         max_header_bytes: int = 65_536,
         max_buffer_bytes: int = 262_144,
         ssl_context: ssl.SSLContext | None = None,
+        addresses: Addresses | None = None,
     ) -> None:
         """`max_connections` counts idle ones too; `max_idle` is per origin; `ssl_context` None: the system's CAs."""
         self._pool = _Pool(max_connections, max_idle, keepalive_s)
         self._limits = _Limits(max_header_bytes, max_buffer_bytes)
         self._ssl_context = ssl_context
+        self._addresses = addresses or Addresses()
 
     @property
     def open_connections(self) -> int:
@@ -169,32 +173,53 @@ class Transport(httpx2.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Answers still being read end with ReadError. Returns when their sockets are closed."""
+        self._addresses.close()
         await self._pool.aclose()
 
     async def _connect(self, origin: _Origin, request: httpx2.Request, timeout_s: float | None) -> "_Connection":
         if self._pool.closed:
             raise httpx2.ConnectError("the transport is closed", request=request)
         self._pool.make_room()
-        loop = asyncio.get_running_loop()
-        connection = _Connection(self._pool, origin, loop)
         tls = self._tls(origin, request)
         try:
             async with asyncio.timeout(timeout_s):
-                await loop.create_connection(
-                    lambda: connection,
-                    origin.raw_host.decode("ascii"),
-                    origin.port or (443 if tls else 80),
-                    ssl=tls,
-                )
-        except BaseException as exc:
-            self._pool.gone(connection)  # uvloop, when cancelled after connection_made, calls no connection_lost
-            if isinstance(exc, TimeoutError):
-                raise httpx2.ConnectTimeout("the connection was not made in time", request=request) from exc
-            if isinstance(exc, OSError | UnicodeError | OverflowError):
-                raise httpx2.ConnectError(str(exc), request=request) from exc
-            raise
+                connection = await self._reach(origin, tls, timeout_s)
+        except TimeoutError as exc:
+            raise httpx2.ConnectTimeout("the connection was not made in time", request=request) from exc
+        except (OSError, UnicodeError, OverflowError) as exc:
+            raise httpx2.ConnectError(str(exc), request=request) from exc
         if connection.closed:
             raise httpx2.ConnectError("the connection was closed as soon as it was made", request=request)
+        return connection
+
+    async def _reach(self, origin: _Origin, tls: ssl.SSLContext | None, timeout_s: float | None) -> "_Connection":
+        """A connection to the first of the host's addresses that takes one; no address may use up the time of all."""
+        host, port = origin.raw_host.decode("ascii"), origin.port or (443 if tls else 80)
+        addresses = await self._addresses.of(host, port)
+        share_s = None if timeout_s is None else timeout_s / len(addresses)
+        for address in addresses[:-1]:
+            try:
+                async with asyncio.timeout(share_s):
+                    return await self._open(origin, host, address, port, tls)
+            except OSError:
+                self._addresses.failed(address)
+        try:
+            return await self._open(origin, host, addresses[-1], port, tls)
+        except OSError:
+            self._addresses.failed(addresses[-1])
+            raise
+
+    async def _open(
+        self, origin: _Origin, host: str, address: str, port: int, tls: ssl.SSLContext | None
+    ) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        connection = _Connection(self._pool, origin, loop)
+        server_hostname = host if tls else None
+        try:
+            await loop.create_connection(lambda: connection, address, port, ssl=tls, server_hostname=server_hostname)
+        except BaseException:
+            self._pool.gone(connection)  # uvloop, when cancelled after connection_made, calls no connection_lost
+            raise
         return connection
 
     def _tls(self, origin: _Origin, request: httpx2.Request) -> ssl.SSLContext | None:
