@@ -24,7 +24,7 @@ LAYERS = [line.split() for line in """
     transport faults prices
     schema
     sse text settings
-    errors interrupt journal
+    errors interrupt journal addresses
 """.strip().splitlines()]  # fmt: skip
 """From the top; a module imports only from lines below its own, and from its own package."""
 
