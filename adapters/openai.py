@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from gateway.adapter import Dispatch, HTTPAdapter, ModelFacts, Outgoing, UpstreamFacts, until_done
+from gateway.adapter import Dispatch, HTTPAdapter, ModelFacts, Outgoing, UpstreamFacts
 from gateway.schema.endpoint import Endpoint
 from gateway.schema.payload import Part, Parts, Payload, encode_fields
 from gateway.sse import Event
@@ -40,13 +40,7 @@ class Adapter(HTTPAdapter):
     def decode_stream(
         self, endpoint: Endpoint, request: Payload[Any], events: AsyncIterator[list[Event]]
     ) -> AsyncGenerator[Parts]:
-        read, decoder = self.read, endpoint.chunks
-
-        def parts(document: bytes) -> Parts:
-            value = read(decoder, document)
-            return [Part(value, document, value.usage or None)]
-
-        return until_done(events, parts)
+        return self.read_chunks(endpoint, events)
 
     async def probe(self) -> UpstreamFacts:
         models = await self.list_models()

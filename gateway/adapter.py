@@ -26,6 +26,7 @@ from gateway.schema.common import Usage
 from gateway.schema.completions import CompletionRequest
 from gateway.schema.embeddings import EmbeddingRequest
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, Endpoint
+from gateway.schema.mould import Mould
 from gateway.schema.payload import NULL, Part, Parts, Payload, speaks
 from gateway.settings import SettingsError, Timeouts, Upstream
 from gateway.sse import Event, EventReader
@@ -196,6 +197,34 @@ class HTTPAdapter:
 
     # For dialects to use.
 
+    async def read_chunks(self, endpoint: Endpoint, events: AsyncIterator[list[Event]]) -> AsyncGenerator[Parts]:
+        """
+        What OpenAI's dialect says in each event up to `[DONE]`. What came before a fault, even with it, goes out first.
+
+        Chunks that differ from the last in nothing but their text, as most do, are not decoded: their values can wait.
+        """
+        decoder = endpoint.chunks
+        mould: Mould | None = None
+        async for arrived in events:
+            documents = [event.data for event in arrived]
+            parts: Parts = []
+            try:
+                while True:
+                    if mould is not None:
+                        parts += _alike(mould, decoder, documents[len(parts) :])
+                    if len(parts) == len(documents):
+                        break
+                    document = documents[len(parts)]
+                    if document.startswith(b"[DONE]"):
+                        return
+                    value = self.read(decoder, document)
+                    usage = value.usage or None
+                    mould = Mould.of(document) if usage is None else None
+                    parts.append(Part(value, document, usage, mould))
+            finally:
+                if parts:
+                    yield parts
+
     def read(self, decoder: msgspec.json.Decoder[Any], document: bytes) -> Any:
         """
         The value of an answer or a chunk.
@@ -305,6 +334,12 @@ class HTTPAdapter:
                 raise self.decode_error(fault.status or 500, body, {})
             raise errors.UpstreamFailed("The upstream answered with something else than an event stream.")
         return headers
+
+
+def _alike(mould: Mould, decoder: msgspec.json.Decoder[Any], documents: list[bytes]) -> Parts:
+    """The first of *documents* that fit the mould, as parts."""
+    texts = mould.texts_of(documents)
+    return [Part(decoder, document, None, mould, text) for document, text in zip(documents, texts, strict=False)]
 
 
 async def until_done(events: AsyncIterator[list[Event]], read: Callable[[bytes], Parts]) -> AsyncGenerator[Parts]:

@@ -1,5 +1,7 @@
 """How is an event stream read and written?"""
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 
 from gateway.errors import UpstreamFailed
@@ -88,5 +90,5 @@ def _is_plain(block: bytes) -> bool:
     )
 
 
-def write_event(wire: bytes) -> bytes:
-    return b"data: %b\n\n" % wire
+def write_events(wires: Iterable[bytes]) -> bytes:
+    return b"data: " + _BETWEEN.join(wires) + b"\n\n"

@@ -8,11 +8,10 @@ What holds for every answer, whoever gave it?
 * An answer with a choice missing or unfinished is an error: nobody takes a truncated answer for a whole one.
 
 A chunk that differs from the one before in nothing but its text, as most do, is spliced: that text between the same
-bytes as before. All others are taken apart. The tests hold the two ways against each other. This is the only module
-that searches in JSON as bytes. Source of the order of chunks and of the nulls that stay: OpenAI's OpenAPI description.
+bytes as before. All others are taken apart. The tests hold the two ways against each other. Source of the order of
+chunks and of the nulls that stay: OpenAI's OpenAPI description.
 """
 
-import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -24,14 +23,13 @@ from gateway.call import Call
 from gateway.errors import UpstreamFailed
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import CHAT, expected_choices, texts_in
+from gateway.schema.mould import Mould
 from gateway.schema.payload import NULL, Part, Parts
 from gateway.stops import cut_at_stops
 
 ENVELOPE = ("id", "object", "created", "model")
 NOT_OURS = frozenset((*ENVELOPE, "obfuscation"))
 
-_TEXT = re.compile(rb'"(?:content|text)"\s*:\s*"')
-"""What goes before a chunk's text. No string has these bytes: in one, the quotes would be escaped."""
 _MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 _ITEMS = msgspec.json.Decoder(list[dict[str, Raw]])
 _CALLS = msgspec.json.Decoder(list[dict[str, Any]])
@@ -186,7 +184,8 @@ class Chunks:
         self._chat = call.endpoint is CHAT
         self._include_usage = call.include_usage
         self._minted: dict[str, Any] = minted | ({"usage": None} if self._include_usage else {})
-        self._seam: Seam | None = None
+        self._theirs: Mould | None = None  # of the last chunk as it came, if all that fit it need is
+        self._before = self._after = b""  # around their text
         self._expected = expected_choices(call.request.value)
         self._finished: dict[int, bool] = {}  # the choices that have begun, in order
         self._usage: tuple[Raw | None, Usage] | None = None
@@ -204,41 +203,59 @@ class Chunks:
 
     def spliced(self, part: Part[Any]) -> bytes | None:
         """The chunk, if it differs from the last one that was rebuilt in nothing but its text; else None."""
-        if self._seam is None:
+        if self._theirs is None:
             return None
-        before, after, ours_before, ours_after, shortest = self._seam
-        wire = part.wire
-        if len(wire) < shortest or not wire.startswith(before) or not wire.endswith(after):
-            return None
-        text = wire[len(before) : -len(after)]
-        # valid JSON without a quote here, or a backslash before the one that follows: nothing but a string's inside
-        if b'"' in text or text.endswith(b"\\"):
-            return None
-        return ours_before + text + ours_after
+        text = part.text if part.mould is self._theirs else self._theirs.text_of(part.wire)
+        return None if text is None else self._before + text + self._after
 
     def rebuilt(self, part: Part[Any]) -> Iterator[Part[Any]]:
         members = _MEMBERS.decode(_on_one_line(part.wire))
-        raw_usage = members.pop("usage", None)
+        raw_usage, raw_choices = members.pop("usage", None), members.pop("choices")
         if part.usage is not None:
             self._usage = raw_usage, part.usage
-        raw_choices = _ITEMS.decode(members.pop("choices"))
         rest = {name: raw for name, raw in members.items() if name not in NOT_OURS and raw != NULL}
-        self._seam = None
-        choices = []
-        goes_on = False  # the chunk is in the middle of its only choice
-        for choice, raw in zip(part.value.choices, raw_choices, strict=True):
-            index = 0 if choice.index is UNSET else choice.index
-            goes_on = len(raw_choices) == 1 and index in self._finished and not choice.finish_reason
-            if self._finished.get(index, index >= self._expected):
-                continue  # after its end, or more than were asked for
-            yield from self._beginnings(index)
-            choices.append(self._choice(index, choice.finish_reason or None, raw))
-        if choices:
-            sent = _encode({**self._minted, **rest, "choices": choices})
+        self._theirs = None
+        choices, goes_on = part.value.choices, False
+        if len(choices) == 1:  # it goes on where the chunk is in the middle of its only choice
+            goes_on = _index(choices[0]) in self._finished and not choices[0].finish_reason
+        if self._is_tidy(choices, raw_choices):
+            self._finished[choices[0].index] = choices[0].finish_reason is not None
+            tidy: Any = raw_choices
+        else:
+            tidy = []
+            for choice, raw in zip(choices, _ITEMS.decode(raw_choices), strict=True):
+                index = _index(choice)
+                if self._finished.get(index, index >= self._expected):
+                    continue  # after its end, or more than were asked for
+                yield from self._beginnings(index)
+                tidy.append(self._choice(index, choice.finish_reason or None, raw))
+        if tidy:
+            sent = _encode({**self._minted, **rest, "choices": tidy})
             if goes_on and (raw_usage is None or raw_usage == NULL):
-                self._seam = _seam(part.wire, sent)
+                self._remember(part, sent)
             part.wire = sent
             yield part
+
+    def _is_tidy(self, choices: Any, raw: Raw) -> bool:
+        """Whether the only choice of a chunk can go out as it came."""
+        if len(choices) != 1:
+            return False
+        choice = choices[0]
+        is_first = choice.index == len(self._finished) < self._expected
+        if choice.finish_reason in ("", UNSET) or choice.logprobs is not None:
+            return False
+        nulls = 1 + (choice.finish_reason is None)
+        if self._chat:
+            delta = choice.delta
+            if delta.role != ("assistant" if is_first else None):
+                return False
+            nulls += (delta.content is None) + (delta.refusal is None)
+        return (is_first or self._finished.get(choice.index) is False) and bytes(raw).count(b"null") == nulls
+
+    def _remember(self, part: Part[Any], sent: bytes) -> None:
+        theirs, ours = part.mould or Mould.of(part.wire), Mould.of(sent)
+        if theirs is not None and ours is not None:
+            self._theirs, self._before, self._after = theirs, ours.before, ours.after
 
     def end(self) -> Parts:
         """The usage chunk, where the client asked for it; raises UpstreamFailed if a choice has not ended."""
@@ -272,23 +289,9 @@ class Chunks:
         return Part(None, _encode({**self._minted, "choices": choices, **more}), usage)
 
 
-Seam = tuple[bytes, bytes, bytes, bytes, int]
-"""A chunk before and after its text, as it came and as it is sent; and the least length of one that came."""
-
-
-def _seam(came: bytes, sent: bytes) -> Seam | None:
-    """None if there is no telling where the text is."""
-    theirs, ours = _around_text(came), _around_text(sent)
-    return None if theirs is None or ours is None else (*theirs, *ours, len(theirs[0]) + len(theirs[1]))
-
-
-def _around_text(wire: bytes) -> tuple[bytes, bytes] | None:
-    places = list(_TEXT.finditer(wire))
-    if len(places) != 1:
-        return None
-    start = places[0].end()
-    end = wire.index(b'"', start)
-    return None if wire[:end].endswith(b"\\") else (wire[:start], wire[end:])
+def _index(choice: Any) -> int:
+    index: int = 0 if choice.index is UNSET else choice.index
+    return index
 
 
 def _on_one_line(wire: bytes) -> bytes:

@@ -16,7 +16,7 @@ from gateway.errors import GatewayError
 from gateway.interrupt import Interrupt
 from gateway.schema.payload import Parts
 from gateway.settings import Server
-from gateway.sse import DONE, KEEP_ALIVE, write_event
+from gateway.sse import DONE, KEEP_ALIVE, write_events
 
 STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -134,7 +134,7 @@ class _Stream:
         try:
             with self._answer.shutdown.running(self._answer.interrupt):
                 async for arrived in self._answer.parts:
-                    await self._write(b"".join([write_event(part.wire) for part in arrived]))
+                    await self._write(write_events([part.wire for part in arrived]))
                 await self._write(DONE, last=True)
             self._answer.completed()
         except GatewayError as exc:
@@ -157,7 +157,7 @@ class _Stream:
         """An error event and no `[DONE]`: SDKs raise, and nobody takes what came for the whole."""
         if self._begun:
             self._answer.failed(error)
-            await self._write(write_event(error.json()), last=True)
+            await self._write(write_events([error.json()]), last=True)
         else:
             self._begun = True
             await self._answer.refuse(error, self._send)

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from gateway.schema.common import Usage
+from gateway.schema.mould import Mould
 
 T = TypeVar("T", bound=Struct)
 
@@ -35,17 +36,26 @@ class Payload(Struct, Generic[T]):
         return _FIELDS.decode(self.wire)
 
 
-class Part(Struct, Generic[T]):
+class Part(Struct, Generic[T], gc=False):
     """
     A completion, or one chunk of a stream, in OpenAI's shape.
 
     `usage` is cumulative over the answer so far and private: set by the dialect whenever it knows, so that an answer
-    cut short is billed rightly; it is never written to the client as such.
+    cut short is billed rightly; it is never written to the client as such. Where a chunk has a `mould`, it came as that
+    filled with `text`, and may not have been decoded yet.
     """
 
-    value: T
+    _value: T | msgspec.json.Decoder[T]
     wire: bytes
     usage: Usage | None = None
+    mould: Mould | None = None
+    text: bytes = b""
+
+    @property
+    def value(self) -> T:
+        if isinstance(self._value, msgspec.json.Decoder):
+            self._value = self._value.decode(self.wire)
+        return self._value
 
     @classmethod
     def encode(cls, value: T, usage: Usage | None = None) -> "Part[T]":
