@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 import msgspec
@@ -30,7 +31,7 @@ from gateway.errors import (
     UpstreamFailed,
     UpstreamTimeout,
 )
-from gateway.journal import MAX_INTENT, MAX_OUTCOME, CannotJournal, Journal, JournalFull, adopt, create
+from gateway.journal import MAX_INTENT, MAX_OUTCOME, SLOT_BYTES, CannotJournal, Journal, JournalFull, adopt, create
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
 
@@ -45,6 +46,7 @@ QUIET_S = 10.0
 """How long after a complaint about the database the next one waits."""
 MOST_TOKENS = 2**31 - 1
 """What an upstream says beyond that is no count of tokens."""
+SLOTS_A_MIB = 2**20 // SLOT_BYTES
 READERS = 2
 READ_S = 5.0
 
@@ -208,17 +210,19 @@ class Ledger:
         if self._writer is None:
             yield
             return
-        loop = asyncio.get_running_loop()
-        self._writer.start(partial(_tell, loop, self))
+        self._writer.start(partial(_tell, asyncio.get_running_loop(), self), self.close)
         try:
             yield
         finally:
-            ended = await asyncio.to_thread(self._writer.stop, FLUSH_S)
-            self._readers.shutdown(wait=False, cancel_futures=True)
-            if ended and self._database is not None:  # else it is stuck, and shall not lose the ground under its feet
-                self._database.close()
-                if self._journal is not None:
-                    self._journal.shut()
+            await asyncio.to_thread(self._writer.stop, FLUSH_S)
+
+    def close(self) -> None:
+        """Let go of the files and the database, and write nothing. The end of `running` does that, too."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        if self._writer is not None:
+            self._writer.close()
+        if self._journal is not None:
+            self._journal.shut()
 
     def _read(self, event: bytes) -> UsageRecord | None:
         try:
@@ -244,18 +248,32 @@ def open_ledger(database: settings.Database) -> Ledger:
 
     opened = open_database(database)
     try:
-        opened.prepare()
-    except DatabaseUnavailable as exc:
-        logger.error("%s; until it is there, up to %d requests wait in the journal", exc, database.journal_mib * 512)
-    directory, owner, slots = journal_directory(database), identity(database), database.journal_mib * 512
+        slots = database.journal_mib * SLOTS_A_MIB
+        _prepare(opened, slots)
+        own, others = _journals(journal_directory(database), identity(database), slots)
+    except SettingsError:
+        opened.close()
+        raise
+    return Ledger(opened, own, others)
+
+
+def _journals(directory: Path, owner: bytes, slots: int) -> tuple[Journal, list[Journal]]:
+    """Our own, which may be a dead process's, and those of others that died."""
     try:
-        found, others = adopt(directory, owner)
+        found, strange = adopt(directory, owner)
         own = next((journal for journal in found if journal.slots == slots), None) or create(directory, owner, slots)
     except CannotJournal as exc:
         raise SettingsError(f"database.journal: {exc}") from None
-    for path in others:
+    for path in strange:
         logger.warning("%s holds records for another database than the configured one, and is left alone", path)
-    return Ledger(opened, own, [journal for journal in found if journal is not own])
+    return own, [journal for journal in found if journal is not own]
+
+
+def _prepare(database: Database, slots: int) -> None:
+    try:
+        database.prepare()
+    except DatabaseUnavailable as exc:
+        logger.error("%s; until it is there, up to %d requests wait in the journal", exc, slots)
 
 
 class Entry:
@@ -312,7 +330,7 @@ def _intended(call: Call, now_ms: int) -> UsageRecord:
         team=principal.team or "",
         endpoint=call.endpoint.path,
         model=call.request.value.model if model is None else model.name,
-        stream=call.streamed,
+        stream=int(call.streamed),
         price_input=None if prices is None else prices.input,
         price_cached_input=None if prices is None else prices.cached_input,
         price_output=None if prices is None else prices.output,
@@ -466,6 +484,7 @@ class _Writer:
         self._quiet_until = 0.0
         self._foreign: set[Journal] = set()
         self._tell: Committed = lambda _: None
+        self._close: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
 
     @property
@@ -505,18 +524,22 @@ class _Writer:
         self._wake.set()
         return written
 
-    def start(self, tell: Committed) -> None:
-        self._tell = tell
+    def start(self, tell: Committed, close: Callable[[], None]) -> None:
+        """*close* is called in the end, by the thread: as long as it is stuck, it must not lose the ground it is on."""
+        self._tell, self._close = tell, close
         self._thread.start()
 
-    def stop(self, timeout_s: float) -> bool:
-        """Whether it has ended in time."""
+    def stop(self, timeout_s: float) -> None:
         self._stopping.set()
         self._wake.set()
         self._thread.join(timeout_s)
         if left := self.backlog:
             logger.warning("%d records of requests are not in the database yet; the next start writes them", left)
-        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        self._database.close()
+        for journal in self._foreign:
+            journal.shut()
 
     def _run(self) -> None:
         while self._gather():
@@ -530,6 +553,7 @@ class _Writer:
                 self._stopping.wait(BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1])
         for _, written in self._strays:
             written.set_exception(DatabaseUnavailable("the gateway is shutting down"))
+        self._close()
 
     def _gather(self) -> bool:
         """Waits for a group to be worth a commit, unless one is left from before. False where none will come."""

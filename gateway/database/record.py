@@ -32,7 +32,7 @@ class UsageRecord(Struct, gc=False, array_like=True):
     team: str
     endpoint: str
     model: str
-    stream: bool
+    stream: int
     price_input: int | None
     price_cached_input: int | None
     price_output: int | None

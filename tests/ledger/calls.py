@@ -3,9 +3,12 @@
 import sqlite3
 from pathlib import Path
 
+from msgspec import structs
+
 from gateway import settings
 from gateway.auth import Principal
 from gateway.call import Attempt, Call
+from gateway.database.record import UsageRecord
 from gateway.models import Model, Target
 from gateway.prices import Prices
 from gateway.schema.chat import ChatRequest, Message
@@ -67,3 +70,28 @@ DIFFERENCE = f"""
     UNION ALL SELECT * FROM (SELECT * FROM usage_hour EXCEPT SELECT * FROM summed)
 """
 """What the hourly sums have otherwise than the rows; in SQLite's SQL."""
+
+
+def a_record(request_id: str, **changes: object) -> UsageRecord:
+    """A record as another replica may have left it."""
+    record = UsageRecord(
+        request_id=request_id,
+        started_ms=1_800_000_000_000,
+        key="bob-app",
+        user="",
+        team="red",
+        endpoint="chat/completions",
+        model="smart",
+        stream=1,
+        price_input=PRICES.input,
+        price_cached_input=PRICES.cached_input,
+        price_output=PRICES.output,
+        ended_ms=1_800_000_001_000,
+        outcome="completed",
+        usage_source="upstream",
+        prompt_tokens=10,
+        completion_tokens=5,
+        charged_tokens=15,
+        cost_nano=50_000,
+    )
+    return structs.replace(record, **changes)

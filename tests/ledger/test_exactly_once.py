@@ -73,7 +73,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.database = Faulty(database)
         found, _ = adopt(self.folder / "journal", OWNER)
         own = found[0] if found else create(self.folder / "journal", OWNER, SLOTS)
-        self.journals = [own, *found[1:]]
+        self.journal = own
         self.ledger = Ledger(self.database, own, found[1:])
 
     @precondition(lambda self: self.ledger_has_room())
@@ -86,7 +86,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         return entry, dispatched, self.ledger
 
     def ledger_has_room(self) -> bool:
-        return self.journals[0].room > 0
+        return self.journal.room > 0
 
     @rule(opened=under_way, tokens=st.integers(0, 50))
     def note(self, opened: tuple[Entry, bool, Ledger], tokens: int) -> None:
@@ -129,10 +129,7 @@ class ExactlyOnce(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         """All is lost but what is in files."""
-        for journal in self.journals:
-            if journal.path.exists():
-                journal.shut()
-        self.database.close()
+        self.ledger.close()
         for request_id, tokens in self.flying.items():
             self.expected[request_id] = ("abandoned", tokens)
         self.flying.clear()
@@ -153,10 +150,8 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.ledger.write()
         assert {row["request_id"] for row in rows_at(self.folder)} == self.expected.keys()
         self.no_row_is_there_twice_or_unasked_and_the_sums_agree()
-        assert self.journals[0].room == SLOTS
-        for journal in self.journals:
-            journal.shut()
-        self.database.close()
+        assert self.journal.room == SLOTS
+        self.ledger.close()
         rmtree(self.folder)
 
 

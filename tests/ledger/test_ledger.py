@@ -110,6 +110,7 @@ async def test_where_there_is_no_room_to_record_nothing_is_begun(tmp_path: Path)
 
     entries[7].close(ContextLengthExceeded("it was refused"))
     ledger.entry(a_call())
+    ledger.close()
 
 
 @pytest.mark.parametrize(
