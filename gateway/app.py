@@ -22,7 +22,7 @@ from gateway.auth import Keyring, why_not_anonymous
 from gateway.cache import Cache
 from gateway.cache.question import Fingerprints
 from gateway.errors import CannotLoad, GatewayError
-from gateway.ledger import Ledger
+from gateway.ledger import Ledger, open_ledger
 from gateway.limits import Limiter
 from gateway.models import Models
 from gateway.pipeline import Pipeline
@@ -65,7 +65,7 @@ def create_app(
     if adapters is None:
         adapters = load_adapters(settings)
     models = Models(settings, adapters)
-    ledger = ledger or Ledger()
+    ledger = ledger or open_ledger(settings.database)
     store = store or _store(settings, ledger)
     ledger.committed = store.recorded
     telemetry.metrics.watch("store", store.counts)

@@ -4,6 +4,8 @@ import asyncio
 import importlib.util
 import json
 import logging
+import os
+import re
 import signal
 import socket
 import sys
@@ -46,6 +48,7 @@ def main() -> None:
 def serve(config: Path | None, backend: str | None, model: str | None, host: str | None, port: int | None) -> None:
     """Start the gateway; without options, with the small demo model that comes with it."""
     faults: list[str] = []
+    listener: socket.socket | None = None
 
     def ready(findings: Findings) -> None:
         faults.extend(finding.message for finding in findings.values() if isinstance(finding, CannotLoad))
@@ -53,12 +56,15 @@ def serve(config: Path | None, backend: str | None, model: str | None, host: str
             signal.raise_signal(signal.SIGINT)  # there is nothing to serve
         else:
             faults.clear()
+            assert listener is not None
             _say_ready(_at(settings, listener), findings)
 
     try:
         settings = _settings(config, backend, model)
         given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         settings = msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, **given))
+        listener = server.listen(settings.server)
+        settings = _with_ledger(settings)
         log = Log(STDERR, "json" if settings.telemetry.log == "json" else "text")
         shutdown = Shutdown()
         app = create_app(
@@ -67,8 +73,9 @@ def serve(config: Path | None, backend: str | None, model: str | None, host: str
             shutdown=shutdown,
             on_ready=ready,
         )
-        listener = server.listen(settings.server)
     except SettingsError as exc:
+        if listener is not None:
+            listener.close()
         raise click.ClickException(str(exc)) from None
     take_over(log)
     started = server.run(app, listener, settings.server, shutdown)
@@ -197,6 +204,19 @@ async def _probe(upstream: Upstream) -> UpstreamFacts | GatewayError:
         await adapter.aclose()
 
 
+def _with_ledger(settings: Settings) -> Settings:
+    """*settings* with a place for the ledger, where they name none and the port is one to come back to."""
+    port, database = settings.server.port, settings.database
+    if port == 0 or (database.url is not None and database.journal is not None):
+        return settings
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "suiron"
+    if database.url is None:
+        database = msgspec.structs.replace(database, url=f"sqlite:///{state / str(port)}.db")
+    elif database.url.startswith("postgresql"):
+        database = msgspec.structs.replace(database, journal=str(state / f"{port}.journal"))
+    return msgspec.structs.replace(settings, database=database)
+
+
 def _at(settings: Settings, listener: socket.socket) -> Settings:
     """*settings* with the port that was found free, where they ask for any."""
     port = listener.getsockname()[1]
@@ -206,8 +226,14 @@ def _at(settings: Settings, listener: socket.socket) -> Settings:
 def _say_ready(settings: Settings, findings: Findings) -> None:
     if settings.telemetry.log == "json":
         logger.info("ready on port %d with the models %s", settings.server.port, ", ".join(settings.models))
+        if unpriced := _unpriced(settings):
+            logger.warning("without prices in the configuration, the cost of these models is unknown: %s", unpriced)
     else:
         click.echo(_welcome(settings, findings))
+
+
+def _unpriced(settings: Settings) -> str:
+    return ", ".join(name for name, model in settings.models.items() if model.prices is None)
 
 
 def _welcome(settings: Settings, findings: Findings) -> str:
@@ -223,12 +249,19 @@ def _welcome(settings: Settings, findings: Findings) -> str:
         else "none needed from this machine, and nobody else is let in (make one: suiron key new)"
     )
     model = names[0] if names else "MODEL"
+    ledger = "none: name a database in the configuration"
+    if settings.database.url is not None:
+        ledger = re.sub(r"://[^/]*@", "://", settings.database.url).removeprefix("sqlite:///")
+    unpriced = _unpriced(settings)
+    prices = f"unknown, so their cost is not billed, for: {unpriced}" if unpriced else "known for every model"
     return f"""
 Suiron {__version__} is ready.
 
   Base URL  {base_url}
   Models    {", ".join(names) or "none: add some under `models` in the configuration"}
   Keys      {keys}
+  Ledger    {ledger}
+  Prices    {prices}
   Health    {base_url.removesuffix("/v1")}/health/ready
 
 Try it (pip install openai):

@@ -57,7 +57,7 @@ Committed = Callable[[dict[str, int]], None]
 
 @dataclass(slots=True)
 class LedgerCounts:
-    """What the ledger has been through, for metrics: plain numbers that only grow, but for `lag_s`."""
+    """What the ledger has been through, for metrics: plain numbers that only grow, but for `backlog` and `lag_s`."""
 
     written: int = 0
     known: int = 0
@@ -69,6 +69,7 @@ class LedgerCounts:
     unreadable: int = 0
     unwritable: int = 0
     adopted: int = 0
+    backlog: int = 0
     lag_s: float = 0.0
     """Between the end of the oldest request of the last group and its commit."""
 
@@ -515,6 +516,7 @@ class _Writer:
 
     def put(self, record: UsageRecord, journal: Journal | None, slot: int) -> None:
         self._pending.append((record, journal, slot))
+        self._counts.backlog = self.backlog
         if (self._idle or len(self._pending) >= ROWS) and not self._wake.is_set():
             self._wake.set()
 
@@ -586,6 +588,7 @@ class _Writer:
             else:
                 del self._group[:size]
                 self._counts.lag_s = max(0.0, self._clock() - min(record.ended_ms for record, _, _ in some) / 1000)
+                self._counts.backlog = self.backlog
                 self._tell(rows)
                 self._forget(some)
         while self._strays:

@@ -1,6 +1,10 @@
+import os
+import tempfile
+
 import pytest
 from hypothesis import settings
 
+os.environ["XDG_STATE_HOME"] = f"{tempfile.gettempdir()}/suiron-tests-{os.getuid()}"  # no ledger among the user's files
 settings.register_profile("shared", deadline=None)  # a busy machine is no fault
 settings.load_profile("shared")
 

@@ -66,6 +66,7 @@ telemetry: {{log: off}}
 auth: {{keys: [{{name: bench, sha256: {key_sha256}}}]}}
 upstreams: {{mock: {{adapter: openai, base_url: "http://127.0.0.1:{upstream}/v1"}}}}
 models: {{mock: {{targets: [{{upstream: mock, model: mock-upstream-model}}]}}}}
+database: {{url: "sqlite:///{folder}/ledger.db"}}
 """
 COLUMNS = {
     "plain: CPU µs": "{:.0f}",
