@@ -77,7 +77,7 @@ def create_app(
     fingerprints = Fingerprints(settings)
     cache = Cache(settings, MemoryAnswers(settings.cache.max_bytes), fingerprints)
     pipeline = Pipeline(models, ledger, limiter, cache, router, tokens)
-    upkeep = Upkeep(limiter, store, ledger)
+    upkeep = Upkeep(limiter, store, ledger, tokens)
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)
 
