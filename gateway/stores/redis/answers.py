@@ -86,7 +86,7 @@ class RedisAnswers:
 
     async def lead(self, key: bytes, token: str, lease_s: float) -> bool:
         partition = _partition(key)
-        arguments = [token.encode(), int(lease_s * 1000)]
+        arguments: list[bytes | int] = [token.encode(), int(lease_s * 1000)]
         return bool(await self._in_time(self._run(partition, self._lead, [_named(partition, b"l:", key)], arguments)))
 
     async def follow(self, key: bytes, token: str) -> None:
