@@ -64,7 +64,7 @@ async def test_another_replica_waits_for_the_answer_that_is_being_generated(redi
         first.go()
         assert state(await leader) == "miss"
         for response in await asyncio.gather(*waiting):
-            assert state(response) == "shared"
+            assert state(response) in ("shared", "hit")  # one that came too late
             assert text_of(response, STREAM) == "Hello, 世界!"
     assert second.calls == 0
 
