@@ -69,6 +69,10 @@ class Adapter:
 def _refuse(asked: Any) -> None:
     """What would change the answer, and is not done here, is not passed over in silence."""
     wanted = {name: bool(getattr(asked, name, None)) for name in UNSUPPORTED}
+    wanted["modalities"] = bool(set(getattr(asked, "modalities", None) or ()) - {"text"})
+    wanted["reasoning_effort"] = getattr(asked, "reasoning_effort", None) not in (None, "none")
+    for name in ("moderation", "web_search_options"):
+        wanted[name] = getattr(asked, name, None) is not None
     wanted["best_of"] = (getattr(asked, "best_of", None) or 1) > 1
     wanted["logprobs"] = asked.logprobs is not None and asked.logprobs is not False
     wanted["response_format"] = getattr(getattr(asked, "response_format", None), "type", "text") != "text"

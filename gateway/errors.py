@@ -4,6 +4,7 @@ What can go wrong, and what is the client told?
 * GatewayError
   x RequestError                 the caller can mend it
     + InvalidRequest             400  `code` and `param` say what is wrong
+      - MalformedBody            400  no JSON, or none that is clear
       - ContextLengthExceeded    400
       - RequestTooLarge          400  beyond a limit by itself
     + AuthenticationFailed       401
@@ -73,6 +74,10 @@ class RequestError(GatewayError):
 
 class InvalidRequest(RequestError):
     """Raised with OpenAI's `code` for the kind of fault, and the `param` that has it."""
+
+
+class MalformedBody(InvalidRequest):
+    """Nothing in the body can be relied upon."""
 
 
 class ContextLengthExceeded(InvalidRequest):

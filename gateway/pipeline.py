@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from gateway.auth import Principal
 from gateway.cache import Cache
 from gateway.call import Call
 from gateway.ledger import Ledger
@@ -47,6 +48,10 @@ class Pipeline:
             async for arrived in parts:
                 call.arrived(arrived)
                 yield arrived
+
+    def check_model(self, name: str, principal: Principal) -> None:
+        """Raises ModelNotFound."""
+        self._models.get(name, principal)
 
     def settle(self, call: Call) -> None:
         """Bill what the call took, and give back what it did not. Does not wait, so that nothing can cut it short."""

@@ -29,6 +29,8 @@ from gateway.stops import cut_at_stops
 
 ENVELOPE = ("id", "object", "created", "model")
 NOT_OURS = frozenset((*ENVELOPE, "obfuscation"))
+DEFAULT_TIER = "default"
+"""Of upstreams that know no tiers."""
 
 _MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 _ITEMS = msgspec.json.Decoder(list[dict[str, Raw]])
@@ -59,18 +61,25 @@ async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[P
 def whole(call: Call, part: Part[Any]) -> Part[Any]:
     """A completion with every member OpenAI requires and no null that its schema forbids."""
     members: dict[str, Any] = {name: raw for name, raw in _MEMBERS.decode(part.wire).items() if raw != NULL}
-    usage = _tidy_usage(members.pop("usage", None), part.usage)
+    usage = _tidy_usage(members.pop("usage", None), part.usage, call.endpoint.streams)
     members["object"] = call.endpoint.object
     members["model"] = call.request.value.model
     if call.endpoint.streams:
         members["id"] = call.endpoint.id_prefix + call.id
         members["created"] = call.created
         members["choices"] = _whole_choices(call, part.value.choices, members["choices"])
+        if _wants_tier(call):
+            members.setdefault("service_tier", DEFAULT_TIER)
     else:
         members["data"] = _whole_data(call, part.value.data, members["data"])
     if usage is not None:
         members["usage"] = usage
     return Part(part.value, _encode(members), part.usage)
+
+
+def _wants_tier(call: Call) -> bool:
+    """Who asks for a service tier is told which one it was."""
+    return call.endpoint is CHAT and call.request.value.service_tier is not None
 
 
 def _whole_choices(call: Call, choices: Any, raw: Raw) -> Any:
@@ -147,15 +156,16 @@ def _without_needless_nulls(message: Raw) -> dict[str, Any]:
     return members
 
 
-def _tidy_usage(raw: Raw | None, usage: Usage | None) -> Any:
-    """Usage that adds up and has no null in it; None if nobody knows."""
+def _tidy_usage(raw: Raw | None, usage: Usage | None, is_of_text: bool = True) -> Any:
+    """Usage that adds up and has no null in it, and of a text its completion, be it 0; None if nobody knows."""
     if usage is None or usage.prompt_tokens < 0 or usage.completion_tokens < 0:
         return None
     total = usage.prompt_tokens + usage.completion_tokens
-    if raw is not None and usage.total_tokens == total and b"null" not in bytes(raw):
+    told = usage.completion_tokens or not is_of_text
+    if raw is not None and told and usage.total_tokens == total and b"null" not in bytes(raw):
         return raw
-    members = msgspec.json.decode(raw) if raw is not None else {"completion_tokens": 0, **msgspec.to_builtins(usage)}
-    return _without_nulls({**members, "total_tokens": total})
+    members = msgspec.json.decode(raw) if raw is not None else msgspec.to_builtins(usage)
+    return _without_nulls({**({} if told else {"completion_tokens": 0}), **members, "total_tokens": total})
 
 
 def _without_nulls(members: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +194,8 @@ class Chunks:
         self._chat = call.endpoint is CHAT
         self._include_usage = call.include_usage
         self._minted: dict[str, Any] = minted | ({"usage": None} if self._include_usage else {})
+        if _wants_tier(call):
+            self._minted["service_tier"] = DEFAULT_TIER
         self._theirs: Mould | None = None  # of the last chunk as it came, if all that fit it need is
         self._before = self._after = b""  # around their text
         self._expected = expected_choices(call.request.value)
@@ -214,6 +226,8 @@ class Chunks:
         if part.usage is not None:
             self._usage = raw_usage, part.usage
         rest = {name: raw for name, raw in members.items() if name not in NOT_OURS and raw != NULL}
+        if "service_tier" in self._minted and "service_tier" in rest:
+            self._minted["service_tier"] = rest["service_tier"]
         self._theirs = None
         choices, goes_on = part.value.choices, False
         if len(choices) == 1:  # it goes on where the chunk is in the middle of its only choice

@@ -97,6 +97,8 @@ class Tokens:
             if model.context_tokens is None:
                 learned = self._models[name]
                 names = [target.model or name for target in model.targets if target.upstream == upstream]
+                if len(facts.models) == 1 and names:  # whatever it is called there
+                    names = [facts.models[0].id]
                 contexts = [told[each] for each in names if each in told]
                 learned.context_tokens = max([learned.context_tokens or 0, *contexts]) or None
 

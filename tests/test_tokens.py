@@ -311,6 +311,9 @@ def test_the_context_is_what_upstreams_say_where_the_configuration_does_not() ->
     assert tokens.expected_output(call) == 5000
     tokens.probed("e", UpstreamFacts(kind="", models=told))
     assert tokens.expected_output(call) == 10
+    alone = Tokens(settings())
+    alone.probed("e", UpstreamFacts(kind="", models=[ModelFacts(id="org/whatever", context_tokens=95)]))
+    assert alone.expected_output(call) == 5
     configured = Tokens(settings(context_tokens=200))
     configured.probed("e", UpstreamFacts(kind="", models=told))
     assert configured.expected_output(call) == 110

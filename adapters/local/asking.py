@@ -67,7 +67,7 @@ def _refuse_in_chat(chat: ChatRequest) -> None:
     _refuse("modalities", set(chat.modalities or ()) - {"text"})
     _refuse("audio", chat.audio)
     _refuse("web_search_options", chat.web_search_options is not None)
-    _refuse("moderation", chat.moderation)
+    _refuse("moderation", chat.moderation is not None)
     _refuse("reasoning_effort", chat.reasoning_effort not in (None, "none"))
 
 

@@ -51,7 +51,7 @@ def _refuse(chat: ChatRequest) -> None:
     refuse("audio", chat.audio)
     refuse("prediction", chat.prediction)
     refuse("web_search_options", chat.web_search_options is not None)
-    refuse("moderation", chat.moderation)
+    refuse("moderation", chat.moderation is not None)
     refuse("reasoning_effort", chat.reasoning_effort not in (None, "none"))
 
 

@@ -70,6 +70,8 @@ def check_chat(asked: ChatRequest, options: Options) -> None:
     for name in UNSUPPORTED:
         if getattr(asked, name):
             refuse(name, True)
+    for name in ("moderation", "web_search_options"):  # {} asks for it, too
+        refuse(name, getattr(asked, name) is not None)
     refuse("modalities", set(asked.modalities or ()) - {"text"})
     for position, message in enumerate(asked.messages):
         if isinstance(message.content, list):

@@ -12,11 +12,11 @@ from gateway.api.errors import ErrorResponse, request_id_of, unexpected
 from gateway.api.shutdown import Shutdown
 from gateway.auth import Keyring, Principal
 from gateway.call import Call
-from gateway.errors import GatewayError, MethodNotAllowed
+from gateway.errors import GatewayError, InvalidRequest, MalformedBody, MethodNotAllowed
 from gateway.interrupt import Interrupt
 from gateway.pipeline import Pipeline
 from gateway.schema.endpoint import ENDPOINTS, Endpoint
-from gateway.schema.reading import read_request
+from gateway.schema.reading import model_in, read_request
 from gateway.settings import Server
 from gateway.telemetry import Telemetry
 
@@ -38,7 +38,14 @@ def generation_apps(
                 principal = keyring.authenticate(scope["headers"])
                 body = await read_body(scope, receive, server, interrupt)
                 started = clock()
-                payload, unknown = read_request(endpoint, body)
+                try:
+                    payload, unknown = read_request(endpoint, body)
+                except MalformedBody:
+                    raise
+                except InvalidRequest:  # a model that is not there goes before a parameter that is wrong
+                    if (model := model_in(body)) is not None:
+                        pipeline.check_model(model, principal)
+                    raise
             except Exception as exc:
                 error = exc if isinstance(exc, GatewayError) else unexpected(exc)
                 request_id = f"req_{secrets.token_hex(16)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.errors import InvalidRequest
+from gateway.errors import InvalidRequest, MalformedBody
 from gateway.schema.endpoint import ENDPOINTS, Endpoint
 from gateway.schema.payload import Payload
 
@@ -56,6 +56,13 @@ _KNOWN_ANYWHERE = frozenset[str]().union(*(endpoint.known for endpoint in ENDPOI
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<kind>key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 
 
+class _Named(msgspec.Struct):
+    model: str
+
+
+_NAMED = msgspec.json.Decoder(_Named)
+
+
 class _DuplicateKey(ValueError):
     pass
 
@@ -83,12 +90,12 @@ def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str
     except UnicodeDecodeError:
         raise _not_json("It is not valid UTF-8.") from None
     except RecursionError:
-        raise InvalidRequest("The JSON body is nested too deeply.", code="json_too_deep") from None
+        raise MalformedBody("The JSON body is nested too deeply.", code="json_too_deep") from None
     except msgspec.ValidationError as exc:
         raise explain(str(exc)) from None
     except _DuplicateKey as exc:
         name = str(exc)[:100]
-        raise InvalidRequest(f"The key '{name}' occurs twice in the same object.", param=name) from None
+        raise MalformedBody(f"The key '{name}' occurs twice in the same object.", param=name) from None
     except ValueError as exc:  # malformed for msgspec, or an integer of thousands of digits for json
         raise _not_json("" if "digits" in str(exc) else f"{exc}.") from None
     if _OPERATOR_KEY.search(body):
@@ -97,6 +104,14 @@ def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str
     if endpoint.streams:
         _check_stream_options(value)
     return Payload(value, body), document.keys() - endpoint.known
+
+
+def model_in(body: bytes) -> str | None:
+    """The model that a request which cannot be read asks for; None if there is no telling."""
+    try:
+        return _NAMED.decode(body).model
+    except (ValueError, RecursionError):  # and msgspec's, which are ValueErrors
+        return None
 
 
 def judge_unknown(names: Iterable[str], supported: frozenset[str]) -> list[str]:
@@ -130,9 +145,9 @@ def judge_unknown(names: Iterable[str], supported: frozenset[str]) -> list[str]:
     return ignored
 
 
-def _not_json(why: str) -> InvalidRequest:
+def _not_json(why: str) -> MalformedBody:
     hint = f" {why}" if why else ""
-    return InvalidRequest(
+    return MalformedBody(
         "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
         f"correctly. The API expects a JSON payload, but what was sent was not valid JSON.{hint})"
     )

@@ -158,6 +158,8 @@ def test_a_completion_request_is_written_so_that_vllm_takes_it(changes: Document
         (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, {"prediction": {"type": "content"}}, "prediction"),
         (CHAT, {"web_search_options": {"a": 1}}, "web_search_options"),
+        (CHAT, {"web_search_options": {}}, "web_search_options"),
+        (CHAT, {"moderation": {}}, "moderation"),
         (CHAT, {"functions": [{"name": "f"}]}, "functions"),
         (CHAT, {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools"),
         (CHAT, {"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),

@@ -492,6 +492,16 @@ async def test_an_unknown_model_is_404_whatever_its_name_holds(house: House, ada
     assert adapter.calls == before
 
 
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_model_that_is_not_there_goes_before_a_wrong_parameter_but_not_before_a_malformed_body(
+    house: House, path: str
+) -> None:
+    wrong = {**VALID[path], "model": "nope", "user": 7}
+    assert await refusal(house, wrong, path) == (404, "model_not_found", "model")
+    assert await refusal(house, {**wrong, "model": "smart"}, path) == (400, "invalid_type", "user")
+    assert (await refusal(house, json.dumps(wrong).encode() + b"x", path))[0] == 400
+
+
 async def test_no_model_is_400(house: House) -> None:
     for path, valid in VALID.items():
         missing = {name: value for name, value in valid.items() if name != "model"}

@@ -200,6 +200,13 @@ async def test_usage_adds_up_and_has_no_nulls(stage: Stage, received: Any, answe
     assert answer.get("usage") == answered
 
 
+@pytest.mark.parametrize("received", [None, "flex"])
+async def test_who_asks_for_a_tier_is_told_which_it_was(stage: Stage, received: str | None) -> None:
+    script = json_reply(completion() | {"service_tier": received})
+    assert (await stage.answer(script, service_tier="auto"))["service_tier"] == received or "default"
+    assert (await stage.answer(script)).get("service_tier") == received
+
+
 @pytest.mark.parametrize("indexes", [(0, 1, 2), (2, 0, 1), (0, 1, 2, 3)])
 async def test_choices_come_in_order_and_no_more_than_were_asked_for(stage: Stage, indexes: tuple[int, ...]) -> None:
     answer = await stage.answer(json_reply(choices(*indexes)), n=3)

@@ -125,6 +125,10 @@ async def test_an_echo_answers_every_endpoint_that_it_serves(echo: House) -> Non
         {"logprobs": True},
         {"logit_bias": {"7": 1}},
         {"presence_penalty": 1},
+        {"modalities": ["text", "audio"]},
+        {"web_search_options": {}},
+        {"moderation": {}},
+        {"reasoning_effort": "low"},
         {"response_format": {"type": "json_object"}},
         {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
     ],
@@ -141,7 +145,17 @@ async def test_an_echo_refuses_what_would_change_the_answer(echo: House, asked: 
 async def test_an_echo_takes_what_asks_nothing(echo: House) -> None:
     asked = {"logit_bias": {}, "presence_penalty": 0, "logprobs": False, "response_format": {"type": "text"}}
     asked |= {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto", "temperature": 0}
+    asked |= {"modalities": ["text"], "reasoning_effort": "none", "web_search_options": None, "service_tier": "auto"}
     answer = await echo.openai.chat.completions.create(
         model="smart", messages=[{"role": "user", "content": "Hi"}], extra_body=asked
     )
     assert answer.choices[0].message.content == "Hi"
+    assert answer.service_tier == "default"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_completion_of_nothing_is_counted_as_nothing(echo: House, streamed: bool) -> None:
+    usage: Any = {"stream": True, "stream_options": {"include_usage": True}} if streamed else {}
+    response = await echo.post({"model": "smart", "prompt": "", "max_tokens": 0, **usage}, "completions")
+    assert response.status_code == 200
+    assert '"completion_tokens":0' in response.text

@@ -154,6 +154,16 @@ async def test_a_stream_is_role_text_finish_usage_done(stage: Stage, asked: bool
     assert stage.sent["stream_options"] == {"include_usage": True}
 
 
+@pytest.mark.parametrize("tier", [None, "flex"])
+async def test_every_chunk_names_the_tier_to_who_asked_for_one(stage: Stage, tier: str | None) -> None:
+    chunks = [chunk({"content": text}, service_tier=tier) for text in ("a", "b", "c")]
+    script = stream_reply(*chunks, chunk({}, "stop", service_tier=tier), DONE)
+    *events, _ = await stage.events(script, **ASK_USAGE, service_tier="auto")
+    assert {each.get("service_tier") for each in events} == {tier or "default"}
+    *events, _ = await stage.events(script)
+    assert {each.get("service_tier") for each in events} == {tier}
+
+
 async def test_every_stream_has_an_id_of_its_own(stage: Stage) -> None:
     streams = [await stage.events(stream_reply(*hello_stream())) for _ in range(5)]
     assert len({events[0]["id"] for events in streams}) == 5
