@@ -97,8 +97,8 @@ async def started(*args: str, under: Sequence[str] = ()) -> AsyncIterator[Served
             await process.communicate()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+async def until(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> None:
+    async with asyncio.timeout(within_s):
         while True:
             if condition():
                 return

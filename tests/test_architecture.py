@@ -14,7 +14,8 @@ LAYERS = [line.split() for line in """
     app server
     connection
     api
-    pipeline upkeep
+    upkeep
+    pipeline
     stream telemetry limits cache routing ledger
     stops tokens
     call

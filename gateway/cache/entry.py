@@ -5,10 +5,9 @@ import zlib
 import msgspec
 from msgspec import Struct
 
-from gateway.cache.track import Track
+from gateway.cache.track import Shape, Track
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import Endpoint
-from gateway.schema.mould import Mould
 from gateway.stores.answers import Epochs
 
 COMPRESS_FROM_BYTES = 1024
@@ -18,10 +17,11 @@ MAX_BYTES = 32 * 1024 * 1024
 
 
 class Run(Struct, array_like=True, frozen=True, gc=False):
-    """Chunks of one mould, their text in pieces of so many bytes; or without one, a chunk that is all `text`."""
+    """Chunks that differ in nothing but their text, which is `text`, cut into pieces of so many characters."""
 
-    mould: Mould | None
-    text: bytes
+    before: bytes
+    after: bytes
+    text: str | None
     cuts: list[int]
 
 
@@ -46,19 +46,22 @@ class Entry(Struct, array_like=True, frozen=True):
         track = Track(endpoint, self.streamed)
         position = 0
         for run in self.runs:
+            shape = Shape(run.before, run.after)
             start = 0
             for length in run.cuts:
-                text = run.text[start : start + length]
-                track.put(run.mould, text, self.waits_ms[position], self._usage(position))
+                text = None if run.text is None else run.text[start : start + length]
                 start += length
+                track.put(shape, text, self.waits_ms[position], self._usage(position))
                 position += 1
         track.usage = self.usage
         return track
 
     def _usage(self, position: int) -> Usage | None:
-        """Who takes only the beginning has had all of it, unless it is known how much that was."""
-        if self.usage is None or not self.tokens or position == len(self.waits_ms) - 1:
+        """Who takes only the beginning has had all of it, unless it is known what that is."""
+        if self.usage is None or position == len(self.waits_ms) - 1:
             return self.usage
+        if not self.tokens:
+            return None if position else self.usage
         prompt, said = self.usage.prompt_tokens, self.tokens[position]
         return Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
 
@@ -75,15 +78,24 @@ def entry_of(key: bytes, at: float, epochs: Epochs, track: Track) -> Entry:
         epochs=epochs,
         streamed=track.streamed,
         usage=track.usage,
-        runs=[_run(track, start, end) for start, end in track.runs()],
+        runs=_runs(track),
         waits_ms=track.waits_ms,
         tokens=tokens if any(tokens[:-1]) else [],
     )
 
 
-def _run(track: Track, start: int, end: int) -> Run:
-    texts = track.texts[start:end]
-    return Run(track.moulds[start], b"".join(texts), [len(text) for text in texts])
+def _runs(track: Track) -> list[Run]:
+    runs = []
+    start = 0
+    while start < len(track):
+        shape, end = track.shapes[start], track.end_of_run(start)
+        texts = [text for text in track.texts[start:end] if text is not None]
+        if texts:
+            runs.append(Run(shape.before, shape.after, "".join(texts), [len(text) for text in texts]))
+        else:
+            runs.append(Run(shape.before, b"", None, [0]))
+        start = end
+    return runs
 
 
 def pack(entry: Entry) -> bytes:
