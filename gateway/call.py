@@ -88,13 +88,19 @@ class Heard:
     def add(self, parts: Parts) -> None:
         for part in parts:
             if part.usage is None or self.pieces:
-                for choice in getattr(part.value, "choices", ()):
-                    if text := _said(choice):
-                        self.pieces += 1
-                        self.text_bytes += len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+                if part.text:
+                    self._hear(len(part.text))  # as it is written, so that it need not be decoded for this
+                else:
+                    for choice in getattr(part.value, "choices", ()):
+                        text = _said(choice)
+                        self._hear(len(text) if text.isascii() else len(text.encode(errors="surrogatepass")))
             if part.usage is not None and self.pieces:
                 self.counted_bytes += self.text_bytes
                 self.pieces = self.text_bytes = 0
+
+    def _hear(self, size: int) -> None:
+        self.pieces += size > 0
+        self.text_bytes += size
 
 
 def _said(choice: Any) -> str:

@@ -27,6 +27,7 @@ from gateway.models import Target
 from gateway.schema.chat import ChatChunk, ChunkChoice, Delta
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, Endpoint
+from gateway.schema.mould import Mould
 from gateway.schema.payload import Part, Payload
 from gateway.schema.reading import read_request
 from gateway.settings import Settings, Upstream, parse
@@ -402,6 +403,16 @@ def test_reasoning_and_calls_of_tools_are_heard_too() -> None:
     for delta in (Delta(reasoning_content="Hm."), Delta(tool_calls=[tool]), Delta(tool_calls=[{"function": None}])):
         call.heard.add([Part.encode(ChatChunk(choices=[ChunkChoice(delta=delta)]))])
     assert (call.heard.pieces, call.heard.text_bytes) == (2, 3 + 9)
+
+
+def test_a_piece_need_not_be_decoded_to_be_counted() -> None:
+    (first,) = pieces("a")
+    mould = Mould.of(first.wire)
+    assert mould is not None
+    alike: Part[Any] = Part(CHAT.chunks, first.wire.replace(b'"a"', b'"bcd"'), None, mould, b"bcd")
+    call = cut_short(said("Hi"), [first, alike])
+    assert (call.heard.pieces, call.heard.text_bytes) == (2, 4)
+    assert alike._value is CHAT.chunks
 
 
 def test_what_was_never_dispatched_or_failed_before_its_first_part_used_nothing() -> None:
