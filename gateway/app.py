@@ -29,7 +29,7 @@ from gateway.pipeline import Pipeline
 from gateway.routing import Router
 from gateway.settings import Settings, SettingsError
 from gateway.stores import LimitStore
-from gateway.stores.answers import MemoryAnswers
+from gateway.stores.answers import AnswerStore, MemoryAnswers
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry import Telemetry
 from gateway.telemetry.lag import supervised
@@ -75,9 +75,9 @@ def create_app(
     router = Router(settings.upstreams, telemetry.metrics, clock=clock)
     telemetry.metrics.targets = router.standings
     fingerprints = Fingerprints(settings)
-    cache = Cache(settings, MemoryAnswers(settings.cache.max_bytes), fingerprints)
+    cache = Cache(settings, _answers(settings), fingerprints)
     pipeline = Pipeline(models, ledger, limiter, cache, router, tokens)
-    upkeep = Upkeep(pipeline, store, ledger)
+    upkeep = Upkeep(limiter, store, ledger, tokens)
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)
 
@@ -92,6 +92,7 @@ def create_app(
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         tokens.load()
         await store.start()
+        await cache.start()
         background = [
             asyncio.create_task(_ask_all(adapters, readiness, on_found)),
             asyncio.create_task(supervised("keeping up reservations", upkeep.beat)),
@@ -150,6 +151,19 @@ def _store(settings: Settings, ledger: Ledger) -> LimitStore:
         return RedisStore(settings.store, ledger.used)
     except ValueError as exc:
         raise SettingsError(f"store.url: {exc}") from None
+
+
+def _answers(settings: Settings) -> AnswerStore:
+    cache, store = settings.cache, settings.store
+    where, secret, name = (cache.url, cache.password, "cache") if cache.url else (store.url, store.password, "store")
+    if where is None:
+        return MemoryAnswers(cache.max_bytes)
+    from gateway.stores.redis.answers import RedisAnswers
+
+    try:
+        return RedisAnswers(where, secret.reveal() if secret else None, cache.timeout_s, cache.max_bytes)
+    except ValueError as exc:
+        raise SettingsError(f"{name}.url: {exc}") from None
 
 
 def _keyring(settings: Settings) -> Keyring:

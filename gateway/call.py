@@ -146,10 +146,6 @@ class Entry(Protocol):
 
     intent: bytes
 
-    def note(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """How far it got, for whoever finds it after a crash."""
-        ...
-
     def close(self, exc: BaseException | None) -> UsageRecord | None:
         """The record; None where there is nothing to record."""
         ...

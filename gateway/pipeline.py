@@ -27,7 +27,6 @@ class Pipeline:
         self._cache = cache
         self._router = router
         self._tokens = tokens
-        self._under_way: dict[str, Call] = {}
 
     def answer(self, call: Call) -> AsyncGenerator[Parts]:
         """
@@ -42,7 +41,6 @@ class Pipeline:
         targets = self._resolve(call)
         costs = await self._limiter.expect(call, targets)
         call.entry = self._ledger.entry(call)
-        self._under_way[call.id] = call
         if costs is not None:
             await self._limiter.admit(call, costs)
         answered = self._cache.through(call, lambda generation: self._router.answer(generation, targets))
@@ -59,26 +57,12 @@ class Pipeline:
         """Bill what the call took, and give back what it did not. Does not wait, so that nothing can cut it short."""
         if call.entry is None:
             return
-        del self._under_way[call.id]
         if call.attempts:
             self._router.over(call)
             self._tokens.settle(call)
         left = call.error is None and call.outcome != "completed"
         record = call.entry.close(asyncio.CancelledError() if left else call.error)
         self._limiter.settle(call, record)
-
-    def note(self) -> None:
-        """Write down how far each call got, so that a crash is billed for what was generated: every second."""
-        for call in self._under_way.values():
-            generated = self._tokens.generated(call)
-            if call.reservation is not None:
-                call.reservation.progress = generated
-            if call.entry is not None and call.attempts:
-                call.entry.note(0 if call.usage is None else call.usage.prompt_tokens, generated)
-
-    async def keep_up(self) -> None:
-        """Keep up the reservations of all calls under way: every 10 s. Raises StoreUnavailable."""
-        await self._limiter.keep_up(self._under_way.values())
 
     def _resolve(self, call: Call) -> Sequence[Target]:
         """What can answer this; raises ModelNotFound or InvalidRequest, at no cost to anyone."""

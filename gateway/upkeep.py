@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 
 from gateway.database.record import decode
 from gateway.ledger import Ledger, LedgerUnavailable
-from gateway.limits import settlement
-from gateway.pipeline import Pipeline
+from gateway.limits import Limiter, settlement
 from gateway.stores import LimitStore, StoreUnavailable
+from gateway.tokens import Tokens
 
 BEAT_S = 10
 SWEEP_S = 5
@@ -22,24 +22,27 @@ Sleep = Callable[[float], Awaitable[object]]
 class Upkeep:
     """Background work on a store and a ledger: heartbeats, and what replicas that died have left behind."""
 
-    def __init__(self, pipeline: Pipeline, store: LimitStore, ledger: Ledger, *, sleep: Sleep = asyncio.sleep) -> None:
-        self._pipeline = pipeline
+    def __init__(
+        self, limiter: Limiter, store: LimitStore, ledger: Ledger, tokens: Tokens, *, sleep: Sleep = asyncio.sleep
+    ) -> None:
+        self._limiter = limiter
+        self._tokens = tokens
         self._store = store
         self._ledger = ledger
         self._sleep = sleep
 
     async def beat(self) -> None:
-        """Progress every second; heartbeats every 10 s, and as soon as the store is back: what it lost is made anew."""
+        """Every 10 s, and as soon as the store is back: what it has lost is made anew. The journal, every second."""
         due, was_there = 0, True
         while True:
             await self._sleep(TICK_S)
-            self._pipeline.note()
+            self._ledger.beat(self._tokens.generated)
             is_there = self._store.available
             due -= 1
             if is_there and (due <= 0 or not was_there):
                 due = BEAT_S
                 try:
-                    await self._pipeline.keep_up()
+                    await self._limiter.beat()
                 except StoreUnavailable:
                     is_there = False
             was_there = is_there

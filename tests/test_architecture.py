@@ -14,8 +14,7 @@ LAYERS = [line.split() for line in """
     app server
     connection
     api
-    upkeep
-    pipeline
+    pipeline upkeep
     stream telemetry limits cache routing ledger
     stops tokens
     call

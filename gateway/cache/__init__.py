@@ -278,6 +278,9 @@ class Cache:
         scope = f"model:{model}" if model is not None else f"tenant:{tenant}" if tenant is not None else "all"
         await self._store.forget(scope)
 
+    async def start(self) -> None:
+        await self._store.start()
+
     async def aclose(self) -> None:
         for task in self._running:
             task.cancel()

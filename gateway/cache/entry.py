@@ -5,9 +5,10 @@ import zlib
 import msgspec
 from msgspec import Struct
 
-from gateway.cache.track import Shape, Track
+from gateway.cache.track import Track
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import Endpoint
+from gateway.schema.mould import Mould
 from gateway.stores.answers import Epochs
 
 COMPRESS_FROM_BYTES = 1024
@@ -17,11 +18,10 @@ MAX_BYTES = 32 * 1024 * 1024
 
 
 class Run(Struct, array_like=True, frozen=True, gc=False):
-    """Chunks that differ in nothing but their text, which is `text`, cut into pieces of so many characters."""
+    """Chunks of one mould, their text in pieces of so many bytes; or without one, a chunk that is all `text`."""
 
-    before: bytes
-    after: bytes
-    text: str | None
+    mould: Mould | None
+    text: bytes
     cuts: list[int]
 
 
@@ -46,22 +46,19 @@ class Entry(Struct, array_like=True, frozen=True):
         track = Track(endpoint, self.streamed)
         position = 0
         for run in self.runs:
-            shape = Shape(run.before, run.after)
             start = 0
             for length in run.cuts:
-                text = None if run.text is None else run.text[start : start + length]
+                text = run.text[start : start + length]
+                track.put(run.mould, text, self.waits_ms[position], self._usage(position))
                 start += length
-                track.put(shape, text, self.waits_ms[position], self._usage(position))
                 position += 1
         track.usage = self.usage
         return track
 
     def _usage(self, position: int) -> Usage | None:
-        """Who takes only the beginning has had all of it, unless it is known what that is."""
-        if self.usage is None or position == len(self.waits_ms) - 1:
+        """Who takes only the beginning has had all of it, unless it is known how much that was."""
+        if self.usage is None or not self.tokens or position == len(self.waits_ms) - 1:
             return self.usage
-        if not self.tokens:
-            return None if position else self.usage
         prompt, said = self.usage.prompt_tokens, self.tokens[position]
         return Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
 
@@ -78,24 +75,15 @@ def entry_of(key: bytes, at: float, epochs: Epochs, track: Track) -> Entry:
         epochs=epochs,
         streamed=track.streamed,
         usage=track.usage,
-        runs=_runs(track),
+        runs=[_run(track, start, end) for start, end in track.runs()],
         waits_ms=track.waits_ms,
         tokens=tokens if any(tokens[:-1]) else [],
     )
 
 
-def _runs(track: Track) -> list[Run]:
-    runs = []
-    start = 0
-    while start < len(track):
-        shape, end = track.shapes[start], track.end_of_run(start)
-        texts = [text for text in track.texts[start:end] if text is not None]
-        if texts:
-            runs.append(Run(shape.before, shape.after, "".join(texts), [len(text) for text in texts]))
-        else:
-            runs.append(Run(shape.before, b"", None, [0]))
-        start = end
-    return runs
+def _run(track: Track, start: int, end: int) -> Run:
+    texts = track.texts[start:end]
+    return Run(track.moulds[start], b"".join(texts), [len(text) for text in texts])
 
 
 def pack(entry: Entry) -> bytes:

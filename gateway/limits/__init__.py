@@ -1,6 +1,6 @@
 """How much may a key ask for? Reserved before dispatch in one round trip, settled after by what was used."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 import msgspec
@@ -47,6 +47,7 @@ class Limiter:
         self._records = records
         self._now = now
         self._terms: dict[tuple[str, str], Terms] = {}
+        self._under_way: dict[str, Call] = {}
 
     async def expect(self, call: Call, targets: Sequence[Target]) -> Costs | None:
         """
@@ -77,12 +78,13 @@ class Limiter:
         terms = self._terms_of(call)
         intent = b"" if call.entry is None else call.entry.intent
         call.reservation = reservation = Reservation(terms.plan, f"req_{call.id}", costs, intent)
+        self._under_way[call.id] = call
         decision = await self._decide(call, terms, reservation)
         call.admitted_ms = decision.at_ms
         if terms.terms:
             _tell(call, terms, decision)
         if decision.denied is not None:
-            call.reservation = None
+            self._forget(call)
             call.limits_hit.append((terms.terms[decision.denied].label, "refused"))
             raise told.refusal(terms, decision, costs, self._now())
         call.limits_hit += [(terms.terms[index].label, "shadow") for index in decision.shadowed]
@@ -92,15 +94,24 @@ class Limiter:
         reservation = call.reservation
         if reservation is None:
             return
-        call.reservation = None
+        self._forget(call)
         actual, exact, event = settlement(record)
         if call.degraded and self._shares is not None:
             self._shares.settle(reservation, actual, exact=exact)
         self._store.settle(reservation, actual, exact=exact, event=event if self._records else b"")
 
-    async def keep_up(self, calls: Iterable[Call]) -> None:
-        """These calls are under way: to be said every 10 s. Raises StoreUnavailable."""
-        await self._store.heartbeat([call.reservation for call in calls if call.reservation is not None])
+    async def beat(self) -> None:
+        """Keep up what is under way: to be called every 10 s. Raises StoreUnavailable."""
+        reservations = []
+        for call in self._under_way.values():
+            if call.reservation is not None:
+                reservations.append(call.reservation)
+                call.reservation.progress = self._tokens.generated(call)
+        await self._store.heartbeat(reservations)
+
+    def _forget(self, call: Call) -> None:
+        call.reservation = None
+        self._under_way.pop(call.id, None)
 
     def _terms_of(self, call: Call) -> Terms:
         assert call.model is not None
@@ -125,7 +136,7 @@ class Limiter:
             return await self._shares.admit(terms, reservation)
         except LimiterUnavailable:
             self._store.settle(reservation, NOTHING, exact=True)  # it may have admitted, and its answer was lost
-            call.reservation = None
+            self._forget(call)
             raise
 
 

@@ -33,7 +33,10 @@ class AnswerStore(Protocol):
     shared: bool
     """Whether other processes use it too."""
 
-    async def read(self, key: bytes, scopes: Sequence[str]) -> Found: ...
+    async def start(self) -> None: ...
+
+    async def read(self, key: bytes, scopes: Sequence[str]) -> Found:
+        """The first scope is the one of all entries."""
 
     async def write(self, key: bytes, entry: bytes, ttl_s: float) -> None:
         """Others may have to go for it: those that would end first."""
@@ -66,6 +69,8 @@ class MemoryAnswers:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    async def start(self) -> None: ...
 
     async def read(self, key: bytes, scopes: Sequence[str]) -> Found:
         epochs = self._epochs

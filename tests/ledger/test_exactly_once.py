@@ -88,12 +88,12 @@ class ExactlyOnce(RuleBasedStateMachine):
     def ledger_has_room(self) -> bool:
         return self.journal.room > 0
 
-    @rule(opened=under_way, tokens=st.integers(0, 50))
-    def note(self, opened: tuple[Entry, bool, Ledger], tokens: int) -> None:
-        entry, _, ledger = opened
-        if ledger is self.ledger and not entry.closed:
-            entry.note(3, tokens)
-            self.flying[entry.request_id] = 3 + tokens
+    @rule(tokens=st.integers(0, 50))
+    def note(self, tokens: int) -> None:
+        self.ledger.beat(lambda _: tokens)
+        for entry in self.ledger.under_way:
+            if entry.call.attempts:
+                self.flying[entry.request_id] = 3 + tokens
 
     @rule(opened=consumes(under_way), exc=st.sampled_from([None, GeneratorExit(), UpstreamFailed("cut")]))
     def end(self, opened: tuple[Entry, bool, Ledger], exc: BaseException | None) -> None:

@@ -1,0 +1,140 @@
+"""What is recorded of a call, and what is it billed? The one place where a record is made from a call."""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import Struct
+
+from gateway.call import Attempt, Call
+from gateway.database.record import Outcome, UsageRecord, encode
+from gateway.errors import GatewayError, RequestError, ShuttingDown, UpstreamError, UpstreamFailed, UpstreamTimeout
+from gateway.schema.common import Usage
+
+MOST_TOKENS = 2**31 - 1
+"""What an upstream says beyond that is no count of tokens."""
+
+
+def intended(call: Call, now_ms: int) -> UsageRecord:
+    principal, model = call.principal, call.model
+    prices = None if model is None else model.prices
+    return UsageRecord(
+        request_id=f"req_{call.id}",
+        started_ms=now_ms,
+        key=principal.name,
+        user=principal.user or "",
+        team=principal.team or "",
+        endpoint=call.endpoint.path,
+        model=call.request.value.model if model is None else model.name,
+        stream=int(call.streamed),
+        price_input=None if prices is None else prices.input,
+        price_cached_input=None if prices is None else prices.cached_input,
+        price_output=None if prices is None else prices.output,
+        prompt_tokens=0 if call.estimate is None else call.estimate.tokens,
+    )
+
+
+def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> UsageRecord:
+    """*record* with what came of *call*."""
+    hit = call.cache in ("hit", "shared")
+    record.outcome = _outcome(exc, hit)
+    record.cache = call.cache
+    started, first_at = call.started, call.first_at
+    if first_at is not None:
+        record.ttft_ms = int((first_at - started) * 1000)
+    record.total_ms = int((call.clock() - started) * 1000)
+    if call.attempts:
+        record.target = call.attempts[-1].target.label
+        record.attempts = _told(call.attempts, record)
+    answered = exc is None or first_at is not None or not isinstance(exc, GatewayError)
+    usage = call.usage if answered else None  # an upstream that failed before it said anything is paid nothing
+    if usage is None:
+        record.prompt_tokens = 0
+        record.usage_source = "none"
+    else:
+        _count_in(record, usage)
+        record.usage_source = "counted" if call.reckoned else "upstream"
+    _charge(record, call.hits_cost if hit else "full")
+    return record
+
+
+def _count_in(record: UsageRecord, usage: Usage) -> None:
+    prompt, completion = a_count(usage.prompt_tokens), a_count(usage.completion_tokens)
+    record.prompt_tokens, record.completion_tokens = prompt, completion
+    details, more = usage.prompt_tokens_details, usage.completion_tokens_details
+    if details is not None and details.cached_tokens is not None:
+        record.cached_tokens = min(a_count(details.cached_tokens), prompt)
+    if more is not None and more.reasoning_tokens is not None:
+        record.reasoning_tokens = min(a_count(more.reasoning_tokens), completion)
+
+
+def _charge(record: UsageRecord, share: str) -> None:
+    """What counts against quotas, and what it costs: all, the prompt at the price of cached input, or nothing."""
+    prompt, cached, completion = record.prompt_tokens, record.cached_tokens, record.completion_tokens
+    if share != "full":
+        prompt, cached, completion = (prompt, prompt, 0) if share == "cached" else (0, 0, 0)
+    record.charged_tokens = prompt + completion
+    prices = record.prices
+    record.cost_nano = None if prices is None else prices.cost_nano(prompt, cached, completion)
+
+
+def a_count(tokens: int) -> int:
+    """A number of tokens: what an upstream says may be anything."""
+    return tokens if 0 <= tokens <= MOST_TOKENS else 0 if tokens < 0 else MOST_TOKENS
+
+
+def _outcome(exc: BaseException | None, hit: bool) -> Outcome:
+    if exc is None:
+        return "cached" if hit else "completed"
+    if isinstance(exc, GeneratorExit | asyncio.CancelledError):
+        return "client_gone"
+    if isinstance(exc, UpstreamError):
+        return "upstream_error"
+    if isinstance(exc, RequestError):
+        return "client_error"
+    return "shutting_down" if isinstance(exc, ShuttingDown) else "failed"
+
+
+class _Tried(Struct, gc=False, omit_defaults=True):
+    """
+    An attempt, in the record. What was wasted on one that failed is what it said it had used, else its prompt; and what
+    that would have cost.
+    """
+
+    target: str
+    ms: int
+    error: str | None = None
+    wasted_tokens: int = 0
+    wasted_nano: int = 0
+
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+def _told(attempts: Sequence[Attempt], record: UsageRecord) -> str:
+    return _encode_json([_tried(attempt, record) for attempt in attempts]).decode()
+
+
+def _tried(attempt: Attempt, record: UsageRecord) -> _Tried:
+    error = attempt.error
+    tried = _Tried(attempt.target.label, int((attempt.ended - attempt.started) * 1000))
+    if error is not None:
+        tried.error = type(error).code or type(error).type
+        if isinstance(error, UpstreamFailed | UpstreamTimeout):  # it may have read the prompt
+            used = attempt.usage or Usage(prompt_tokens=record.prompt_tokens)
+            tried.wasted_tokens = used.prompt_tokens + used.completion_tokens
+            prices = record.prices
+            tried.wasted_nano = 0 if prices is None else prices.cost_nano(used.prompt_tokens, 0, used.completion_tokens)
+    return tried
+
+
+def shortened(record: UsageRecord, limit: int) -> UsageRecord:
+    """A copy whose encoding has no more than *limit* bytes, where names are as long as no sane one is."""
+    short = msgspec.structs.replace(record, attempts="[]")
+    for length in (160, 64, 24):
+        if len(encode(short)) <= limit:
+            break
+        for name in ("model", "target", "key", "user", "team"):
+            text = getattr(short, name).encode()[:length].decode(errors="ignore")
+            setattr(short, name, text)
+    return short
