@@ -1,5 +1,6 @@
 """How do the tables come to be as they are? One file for each change, run at start; never changed after a release."""
 
+import logging
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect, select, table
@@ -41,6 +42,7 @@ def _upgrade(connection: Connection, name: str, version: str | None) -> None:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of its plugins
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

@@ -1,0 +1,230 @@
+"""Does the ledger hold with a SQLite file that is locked, full, damaged, or not ours?"""
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from gateway import settings
+from gateway.ledger import Ledger, open_ledger
+from gateway.schema.common import Usage
+from gateway.settings import SettingsError
+from tests.ledger.calls import DIFFERENCE, a_call, ask, rows_at, sqlite_at
+from tests.served import until
+
+pytestmark = pytest.mark.anyio
+
+USAGE = Usage(prompt_tokens=10, completion_tokens=5)
+
+
+@asynccontextmanager
+async def ledger_at(folder: Path) -> AsyncIterator[Ledger]:
+    ledger = open_ledger(sqlite_at(folder))
+    async with ledger.running():
+        yield ledger
+
+
+def request(ledger: Ledger) -> str:
+    with ledger.entry(a_call(USAGE)) as entry:
+        pass
+    return entry.request_id
+
+
+def whole(folder: Path, posted: list[str]) -> None:
+    assert sorted(row["request_id"] for row in rows_at(folder)) == sorted(posted)
+    assert ask(folder, DIFFERENCE) == []
+
+
+LOCKER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+async def test_a_file_locked_by_another_process_holds_up_rows_but_no_request(tmp_path: Path) -> None:
+    async with ledger_at(tmp_path) as ledger:
+        path = tmp_path / "ledger.db"
+        pipe = asyncio.subprocess.PIPE
+        other = await asyncio.create_subprocess_exec(sys.executable, "-c", LOCKER, path, stdin=pipe, stdout=pipe)
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert await other.stdout.readline() == b"locked\n"
+
+        posted = [request(ledger) for _ in range(300)]
+        await until(lambda: ledger.counts.errors > 0)  # having waited for as long as it does
+        assert (ledger.counts.written, ledger.backlog) == (0, 300)
+        assert await ledger.used("team:red", "tokens", 0) == (0, 0)  # readers are not in the way of writers
+        other.stdin.close()
+        await other.wait()
+        await until(lambda: ledger.backlog == 0)
+
+    whole(tmp_path, posted)
+
+
+def test_a_full_disk_holds_up_rows_then_refuses_requests_and_recovers_by_itself(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.ledger.full_disk", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "the database takes no records (512 are waiting): disk I/O error" in done.stderr
+    assert json.loads(done.stdout) == {"taken": 512, "written": 1}
+    assert len(rows_at(tmp_path)) == 514
+    assert ask(tmp_path, DIFFERENCE) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"These are my notes, and no database.", "is no SQLite database: give the ledger a file of its own"),
+        (b"SQLite format 3\0" + b"\x10\0\1\1\0@  " + b"\0" * 500, "cannot be used: "),
+    ],
+)
+def test_what_is_no_database_is_refused_and_left_as_it_is(content: bytes, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(content)
+
+    with pytest.raises(SettingsError, match=complaint):
+        open_ledger(sqlite_at(tmp_path))
+    assert path.read_bytes() == content
+    assert not (tmp_path / "ledger.journal").exists()
+
+
+async def grown(folder: Path) -> Path:
+    async with ledger_at(folder) as ledger:
+        for _ in range(400):
+            request(ledger)
+    return folder / "ledger.db"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+async def test_a_file_cut_short_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = await grown(tmp_path)
+    whole_file = path.read_bytes()
+    path.write_bytes(whole_file[: len(whole_file) // 2])
+    before = digest(path)
+
+    with pytest.raises(SettingsError, match=r"cannot be used: .*malformed.* It was left as it is: restore a copy"):
+        open_ledger(sqlite_at(tmp_path))
+    assert digest(path) == before
+
+
+async def test_a_file_with_a_broken_page_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = await grown(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(4096 * 20)
+        file.write(b"\xff" * 4096)
+    before = digest(path)
+
+    with pytest.raises(SettingsError, match=r"cannot be used: "):
+        open_ledger(sqlite_at(tmp_path))
+    assert digest(path) == before
+
+
+def other_program(path: Path, *statements: str) -> None:
+    connection = sqlite3.connect(path)
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
+
+
+def test_the_database_of_another_program_is_refused(tmp_path: Path) -> None:
+    other_program(tmp_path / "ledger.db", "CREATE TABLE bookmarks (url TEXT)")
+
+    with pytest.raises(SettingsError, match="is the database of another program"):
+        open_ledger(sqlite_at(tmp_path))
+
+
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    open_ledger(sqlite_at(tmp_path)).close()
+    other_program(tmp_path / "ledger.db", "UPDATE suiron_version SET version_num = '0999'")
+
+    with pytest.raises(SettingsError, match=r"newer Suiron \(its tables are at 0999, this one knows 0001\)"):
+        open_ledger(sqlite_at(tmp_path))
+
+
+def test_a_refused_file_is_not_locked(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(b"no database at all")
+    with pytest.raises(SettingsError):
+        open_ledger(sqlite_at(tmp_path))
+    path.unlink()
+
+    open_ledger(sqlite_at(tmp_path)).close()
+
+
+def test_a_second_process_is_refused_and_the_first_one_named(tmp_path: Path) -> None:
+    ledger = open_ledger(sqlite_at(tmp_path))
+    code = f"""
+from gateway.ledger import open_ledger
+from gateway.settings import Database
+open_ledger(Database(url="sqlite:///{tmp_path}/ledger.db"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ledger.close()
+
+    assert "is in use by another gateway (process " in done.stderr
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://localhost/suiron", "ledger.db"])
+def test_a_url_that_names_no_file_is_refused_with_what_to_write(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"database\.url: .*sqlite:////path/to/file"):
+        open_ledger(settings.Database(url=url))
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SettingsError, match=f"the ledger cannot be kept in {tmp_path}/file/ledger.db: "):
+        open_ledger(settings.Database(url=f"sqlite:///{tmp_path}/file/ledger.db"))
+
+
+async def test_what_a_dead_process_left_is_written_and_its_journal_used_again(tmp_path: Path) -> None:
+    ledger = open_ledger(sqlite_at(tmp_path))
+    posted = [request(ledger) for _ in range(5)]
+    posted.append(ledger.entry(a_call()).request_id)
+    ledger.close()
+
+    async with ledger_at(tmp_path) as again:
+        assert again.counts.adopted == 6
+        await until(lambda: again.backlog == 0)
+
+    whole(tmp_path, posted)
+    assert [row["outcome"] for row in rows_at(tmp_path)] == ["completed"] * 5 + ["abandoned"]
+    assert len(list((tmp_path / "ledger.journal").iterdir())) == 1
+
+
+async def test_a_journal_of_another_size_is_emptied_and_removed(tmp_path: Path) -> None:
+    ledger = open_ledger(sqlite_at(tmp_path))
+    posted = [request(ledger) for _ in range(5)]
+    ledger.close()
+    (before,) = (tmp_path / "ledger.journal").iterdir()
+
+    larger = open_ledger(sqlite_at(tmp_path, journal_mib=2))
+    async with larger.running():
+        await until(lambda: larger.backlog == 0)
+
+    whole(tmp_path, posted)
+    (after,) = (tmp_path / "ledger.journal").iterdir()
+    assert after != before
+
+
+def test_room_is_what_the_configuration_says(tmp_path: Path) -> None:
+    ledger = open_ledger(sqlite_at(tmp_path, journal_mib=3))
+    ledger.close()
+    (path,) = (tmp_path / "ledger.journal").iterdir()
+
+    assert 3 * 2**20 <= path.stat().st_size < 3.01 * 2**20
