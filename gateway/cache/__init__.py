@@ -12,7 +12,7 @@ from typing import Any
 from gateway.cache.control import ANY, Control, read_control
 from gateway.cache.entry import entry_of, pack, unpack
 from gateway.cache.flights import MAX_KEPT_BYTES, Flight
-from gateway.cache.forms import cut, merged
+from gateway.cache.forms import cut, merged, says_nothing_else
 from gateway.cache.question import Fingerprints, is_admitted, key_of
 from gateway.cache.track import Track
 from gateway.call import CacheState, Call
@@ -45,7 +45,8 @@ class Cache:
     """
     Gives kept answers to those who ask the same, and one answer to those who ask it at the same time.
 
-    *now* is the wall clock, which entries are dated by; *sleep* waits between the pieces of a replay.
+    *now* is the wall clock, which entries are dated by; *monotonic* measures the waits between pieces, and *sleep*
+    repeats them.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Cache:
         fingerprints: Fingerprints,
         *,
         now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._models = {name: model.cache for name, model in settings.models.items()}
@@ -63,6 +65,7 @@ class Cache:
         self._store = store
         self._fingerprints = fingerprints
         self._now = now
+        self._monotonic = monotonic
         self._sleep = sleep
         self._flights: dict[bytes, Flight] = {}
         self._running: set[asyncio.Task[None]] = set()
@@ -154,7 +157,7 @@ class Cache:
     # Without anybody else.
 
     async def _recorded(self, question: "Question", produce: Produce) -> AsyncGenerator[Parts]:
-        track = Track(question.call.endpoint, question.call.streamed)
+        track = Track(question.call.endpoint, question.call.streamed, self._monotonic)
         async with aclosing(produce(question.call)) as parts:
             async for arrived in parts:
                 if track.size_bytes < MAX_KEPT_BYTES:
@@ -207,7 +210,7 @@ class Cache:
                     raise
 
     def _launched(self, question: "Question", produce: Produce) -> Flight:
-        flight = Flight(question.call, question.epochs)
+        flight = Flight(question.call, question.epochs, self._monotonic)
         self._flights[question.key] = flight
         token = secrets.token_hex(8) if self._store.shared and question.epochs is not None else None
 
@@ -281,6 +284,10 @@ class Cache:
     async def start(self) -> None:
         await self._store.start()
 
+    async def settled(self) -> None:
+        """When all that is under way has come to its end."""
+        await asyncio.gather(*self._running, return_exceptions=True)
+
     async def aclose(self) -> None:
         for task in self._running:
             task.cancel()
@@ -335,5 +342,5 @@ def told(call: Call, track: Track) -> Iterator[Parts]:
         for start in range(0, len(parts), AT_ONCE):
             yield parts[start : start + AT_ONCE]
     else:
-        wire = merged(endpoint, track.joined())
+        wire = merged(endpoint, track.joined(says_nothing_else))
         yield [Part(endpoint.answers.decode(wire), wire, track.usage)]

@@ -44,10 +44,11 @@ class Flight:
     `is_complete`, where `track` has all of it.
     """
 
-    def __init__(self, call: Call, epochs: Epochs | None) -> None:
+    def __init__(self, call: Call, epochs: Epochs | None, clock: Callable[[], float]) -> None:
         self.call = copy.copy(call)
         self.epochs = epochs
-        self.track = Track(call.endpoint, call.streamed)
+        self._clock = clock
+        self.track = Track(call.endpoint, call.streamed, clock)
         self._latest: tuple[int, Parts] | None = None
         self.borrowed = False
         self.error: Exception | None = None
@@ -104,7 +105,7 @@ class Flight:
         while any(seat.position < len(self.track) for seat in self._seats):
             self._drained = asyncio.get_running_loop().create_future()
             await self._drained
-        self.track = Track(self.call.endpoint, self.track.streamed)
+        self.track = Track(self.call.endpoint, self.track.streamed, self._clock)
         self._latest = None
         for seat in self._seats:
             seat.position = 0

@@ -52,6 +52,15 @@ def merged(endpoint: Endpoint, chunks: Iterable[bytes]) -> bytes:
     return _encode({"choices": [choices[index] for index in sorted(choices)], **answer})
 
 
+def says_nothing_else(chunk: bytes) -> bool:
+    """Whether a chunk without its text adds nothing to an answer, so that the texts of several may be put in one."""
+    choices = _DECODER.decode(chunk)["choices"]
+    if len(choices) != 1:
+        return False
+    said = {**choices[0], **choices[0].get("delta", {})}
+    return all(value in (None, "") or name in ("index", "delta", "role") for name, value in said.items())
+
+
 def _grow(into: Members, more: Members) -> None:
     for name, value in more.items():
         had = into.get(name)
@@ -119,7 +128,8 @@ def _chat_deltas(choice: Members) -> Iterator[Members]:
         yield from _with_tokens(name, text or "", logprobs.get(name) or [])
     for index, call in enumerate(calls or ()):
         yield from _call_deltas(index, call)
-    yield {"delta": {}, **choice}
+    empty = {"logprobs": logprobs} if logprobs and not any(logprobs.values()) else {}
+    yield {"delta": {}, **empty, **choice}
 
 
 def _with_tokens(name: str, text: str, tokens: list[Members]) -> Iterator[Members]:

@@ -97,8 +97,16 @@ class Track:
             yield start, end
             start = end
 
-    def joined(self) -> Iterator[bytes]:
-        """The chunks, with those of one mould made one: it says the same at once."""
+    def joined(self, says_nothing_else: Callable[[bytes], bool]) -> Iterator[bytes]:
+        """
+        The chunks, with those of one mould made one where that says the same: where what is around their text adds
+        nothing to the answer, as *says_nothing_else* tells of a chunk without text.
+        """
         for start, end in self.runs():
-            mould, text = self.moulds[start], b"".join(self.texts[start:end])
-            yield text if mould is None else mould.before + text + mould.after
+            mould, texts = self.moulds[start], self.texts[start:end]
+            if mould is None:
+                yield from texts
+            elif len(texts) > 1 and says_nothing_else(mould.before + mould.after):
+                yield mould.before + b"".join(texts) + mould.after
+            else:
+                yield from [mould.before + text + mould.after for text in texts]
