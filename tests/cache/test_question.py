@@ -102,6 +102,11 @@ def test_order_space_and_escapes_do_not_count_and_numbers_are_what_they_are() ->
     assert key(one) != key(one.replace(b'"temperature":1', b'"temperature":1.0'))
 
 
+def test_what_no_number_can_hold_is_compared_byte_by_byte() -> None:
+    one, other = (json.dumps(BASE).encode()[:-1] + b',"odd":%b}' % odd for odd in (b"1e400", b"1e401"))
+    assert key(one) == key(one) != key(other)
+
+
 def test_tenant_endpoint_and_what_stands_behind_the_model_count() -> None:
     texts = {"model": "smart", "prompt": "Hi"}
     keys = [

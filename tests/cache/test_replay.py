@@ -1,7 +1,7 @@
 """Is whatever was answered answered again alike, in both forms, as the OpenAI SDK reads it?"""
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,8 @@ def streams(draw: st.DrawFn) -> tuple[list[Choice], list[Parts]]:
     parts = [*(chunk([said], system_fingerprint="fp_1") for said in chunks), usage]
     arrivals: list[Parts] = []
     for part in parts:
-        if arrivals and draw(st.booleans()):
+        together: bool = draw(st.booleans())
+        if arrivals and together:
             arrivals[-1].append(part)
         else:
             arrivals.append([part])
@@ -310,7 +311,7 @@ async def test_recorded_pacing_waits_as_it_was_waited_for() -> None:
     now = [0.0]
     slept: list[float] = []
 
-    async def produce(_: Any) -> AsyncIterator[Parts]:
+    async def produce(_: Any) -> AsyncGenerator[Parts]:
         for wait_s, parts in zip((0.5, 0.1, 0.25, 0.0, 0.0), hello(), strict=True):
             now[0] += wait_s
             yield parts
