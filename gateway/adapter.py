@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import httpx2
 import msgspec
@@ -37,6 +37,7 @@ MAX_EVENT_BYTES = 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 WRITE_S = 30.0
 POOL_S = 5.0
+PROBE_S = 10.0
 
 ASKS_NOTHING = frozenset(
     "user metadata store safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention".split()
@@ -63,20 +64,51 @@ class Dispatch(Struct, frozen=True, gc=False):
     traceparent: str | None = None
 
 
+class Features(Struct, frozen=True, kw_only=True):
+    """
+    What a model can do at this upstream; None where nobody knows before it is asked.
+
+    `vision`, `audio` and `files` are content parts that it takes; `usage_on_abort`, that the tokens of a stream that is
+    cut short are known exactly.
+    """
+
+    tools: bool | None = None
+    logprobs: bool | None = None
+    json_schema: bool | None = None
+    vision: bool | None = None
+    audio: bool | None = None
+    files: bool | None = None
+    usage_on_abort: bool | None = None
+
+    def joined(self, other: "Features") -> "Features":
+        """With what *other* knows more or better."""
+        known = {name: value for name, value in msgspec.structs.asdict(other).items() if value is not None}
+        return msgspec.structs.replace(self, **known)
+
+
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """`context_tokens` is None where the upstream does not tell."""
 
     id: str
     owned_by: str = ""
     context_tokens: int | None = None
+    features: Features = Features()
+
+
+class Repair(Struct, frozen=True):
+    """A deviation from OpenAI that a dialect puts right: in words, and the golden of the dialect that proves it."""
+
+    says: str
+    golden: str
 
 
 class UpstreamFacts(Struct, frozen=True, kw_only=True):
-    """What a probe found out: `kind` is a name to print."""
+    """What a probe found out: `kind` is a name to print; `repairs`, what its adapter puts right of its deviations."""
 
     kind: str
     version: str | None = None
     models: list[ModelFacts] = []
+    repairs: tuple[Repair, ...] = ()
 
 
 class Adapter(Protocol):
@@ -132,7 +164,7 @@ class HTTPAdapter:
     `decode_error`; none of them does I/O.
     """
 
-    extensions: ClassVar[frozenset[str]] = frozenset()
+    extensions: frozenset[str] = frozenset()
     """Parameters beyond OpenAI's that every server of this dialect honours."""
 
     def __init__(self, upstream: Upstream, *, transport: httpx2.AsyncBaseTransport | None = None) -> None:
@@ -163,6 +195,10 @@ class HTTPAdapter:
 
     def embed(self, request: Payload[EmbeddingRequest], dispatch: Dispatch) -> AsyncGenerator[Parts]:
         return self._answer(EMBEDDINGS, request, dispatch)
+
+    def features(self, model: str) -> Features:
+        """What *model* can do, as far as it is configured or was found out."""
+        return Features()
 
     async def probe(self) -> UpstreamFacts:
         raise NotImplementedError
@@ -197,9 +233,16 @@ class HTTPAdapter:
 
     # For dialects to use.
 
-    async def read_chunks(self, endpoint: Endpoint, events: AsyncIterator[list[Event]]) -> AsyncGenerator[Parts]:
+    async def read_chunks(
+        self,
+        endpoint: Endpoint,
+        events: AsyncIterator[list[Event]],
+        mend: Callable[[Any, bytes], Part[Any]] | None = None,
+    ) -> AsyncGenerator[Parts]:
         """
         What OpenAI's dialect says in each event up to `[DONE]`. What came before a fault, even with it, goes out first.
+
+        *mend* makes the part of a chunk's value and document; one that it leaves as it came may be the mould of others.
 
         Chunks that differ from the last in nothing but their text, as most do, are not decoded: their values can wait.
         """
@@ -218,9 +261,10 @@ class HTTPAdapter:
                     if document.startswith(b"[DONE]"):
                         return
                     value = self.read(decoder, document)
-                    usage = value.usage or None
-                    mould = Mould.of(document) if usage is None else None
-                    parts.append(Part(value, document, usage, mould))
+                    part = Part(value, document, value.usage or None) if mend is None else mend(value, document)
+                    mould = Mould.of(document) if part.usage is None and part.wire is document else None
+                    part.mould = mould
+                    parts.append(part)
             finally:
                 if parts:
                     yield parts
@@ -259,21 +303,32 @@ class HTTPAdapter:
 
     async def get(self, path: str) -> bytes:
         """The body of a GET below the base URL, for probes. Raises UpstreamError."""
-        return await self._fetch("GET", path, b"", self.timeouts.first_token_s)
+        return await self._fetch("GET", path, b"", min(self.timeouts.first_token_s, PROBE_S))
 
     async def post(self, path: str, body: bytes, timeout_s: float) -> bytes:
         """What a POST beside an answer says, such as how many tokens a prompt has. Raises a GatewayError."""
         return await self._fetch("POST", path, body, timeout_s)
 
+    async def try_post(self, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """The status and body of a POST that may be refused, for probes; 0 where nobody could be reached."""
+        try:
+            return await self._once("POST", path, body, timeout_s)
+        except errors.UpstreamError:
+            return 0, b""
+
     async def _fetch(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
+        status, answer = await self._once(method, path, body, timeout_s)
+        if status != 200:
+            raise upstream_error(status, Fault())
+        return answer
+
+    async def _once(self, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
         loop = asyncio.get_running_loop()
         with Patience(loop.time() + timeout_s) as patience:
             patience.allow(timeout_s)
             response = await self._send(method, path, body, b"application/json")
             try:
-                if response.status_code != 200:
-                    raise upstream_error(response.status_code, Fault())
-                return await _read(response, MAX_BODY_BYTES)
+                return response.status_code, await _read(response, MAX_BODY_BYTES)
             finally:
                 await response.aclose()
 

@@ -1,8 +1,9 @@
 """What does a public model name stand for?"""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from gateway import settings
 from gateway.adapter import Adapter
@@ -23,6 +24,11 @@ class Target:
     weight: float = 1.0
     max_in_flight: int | None = None
 
+    def can(self, feature: str) -> bool:
+        """Whether nothing is known to the contrary."""
+        features = getattr(self.adapter, "features", None)
+        return features is None or getattr(features(self.model), feature) is not False
+
     @property
     def label(self) -> str:
         return f"{self.upstream}/{self.model}"
@@ -36,8 +42,12 @@ class Model:
     default_output_tokens: int = 512
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def targets_for(self, endpoint: Endpoint) -> list[Target]:
-        """Those that serve *endpoint*; raises InvalidRequest if none does."""
+    def targets_for(self, endpoint: Endpoint, asked: Any = None) -> list[Target]:
+        """
+        Those that serve *endpoint*, and can do what is *asked* as far as is known before they are.
+
+        Raises InvalidRequest if there are none, for the first thing that none can do.
+        """
         able = [target for target in self.targets if hasattr(target.adapter, endpoint.verb)]
         if not able:
             raise InvalidRequest(
@@ -45,7 +55,34 @@ class Model:
                 param="model",
                 code="unsupported_endpoint",
             )
+        for feature, param in needs(asked):
+            able = [target for target in able if target.can(feature)]
+            if not able:
+                name = param.rpartition(".")[2]
+                raise InvalidRequest(
+                    f"'{name}' is not supported by this model.", param=param, code="unsupported_parameter"
+                )
         return able
+
+
+MEDIA = {"image_url": "vision", "input_audio": "audio", "file": "files"}
+
+
+def needs(asked: Any) -> Iterator[tuple[str, str]]:
+    """The features that a request takes, each with the parameter that asks for it."""
+    for position, message in enumerate(getattr(asked, "messages", ())):
+        if isinstance(message.content, list):
+            for place, part in enumerate(message.content):
+                if part.type in MEDIA:
+                    yield MEDIA[part.type], f"messages[{position}].content[{place}].{part.type}"
+    if getattr(asked, "tools", None) and asked.tool_choice != "none":
+        yield "tools", "tools"
+    logprobs = getattr(asked, "logprobs", None)
+    if logprobs is not None and logprobs is not False:
+        yield "logprobs", "logprobs"
+    format = getattr(asked, "response_format", None)
+    if format is not None and format.type == "json_schema":
+        yield "json_schema", "response_format"
 
 
 class Models:

@@ -8,14 +8,16 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from adapters.tgi import chat, generate
 from adapters.tgi.asking import Asked, refuse
 from adapters.tgi.faults import Overflow, ToolCutShort, fault_in
-from adapters.tgi.merging import Tally, gathered, merged
+from adapters.tgi.merging import gathered
 from adapters.tgi.options import Options
-from gateway.adapter import Dispatch, HTTPAdapter, ModelFacts, Outgoing, UpstreamFacts
+from gateway.adapter import Dispatch, Features, HTTPAdapter, ModelFacts, Outgoing, Repair, UpstreamFacts
 from gateway.errors import GatewayError, InvalidRequest, UpstreamError, UpstreamFailed
+from gateway.fanout import Tally, merged
 from gateway.schema.chat import ChatChunk, ChatRequest
 from gateway.schema.common import Usage
 from gateway.schema.completions import Completion, CompletionRequest
@@ -42,6 +44,27 @@ class _Templated(Struct):
     tokenize_response: list[Any]
 
 
+REPAIRS = (
+    Repair("stop strings cut out of the text", "chat-stop-gathered"),
+    Repair("streams of tool calls ended", "chat-stream-tools"),
+    Repair("empty streams of tool calls as cut short", "chat-stream-tools-empty"),
+    Repair("calls of tools that a limit cuts off", "chat-tools-cut-short"),
+    Repair("finish reasons of OpenAI's", "chat-stream-2-0"),
+    Repair("end tokens left out of the text", "completion-stream-old"),
+    Repair("events without a space, and without [DONE]", "chat-stream-2-0"),
+    Repair("top_p, stop and other defaults of SDKs that it refuses", "chat-everything"),
+    Repair("json_schema as its grammar", "chat-json-schema"),
+    Repair("schemas that it cannot hold to refused in words", "chat-refused-schema"),
+    Repair("completions through /generate", "completion"),
+    Repair("best_of ranked here", "completion-best-of"),
+    Repair("echo made here", "completion-echo-two-prompts"),
+    Repair("errors of every shape as OpenAI's", "completion-refused-as-text"),
+    Repair("a prompt beyond the context with its numbers", "completion-stream-overflow"),
+    Repair("errors within a 200 stream", "chat-stream-overloaded"),
+    Repair("streams without an end as errors", "chat-stream-cut"),
+)
+
+
 class Adapter(HTTPAdapter):
     """
     `base_url` is TGI's root, or its `/v1`.
@@ -54,7 +77,7 @@ class Adapter(HTTPAdapter):
 
     def __init__(self, upstream: Upstream, **wiring: Any) -> None:
         root = upstream.base_url.rstrip("/").removesuffix("/v1")
-        super().__init__(msgspec.structs.replace(upstream, base_url=root), **wiring)
+        super().__init__(replace(upstream, base_url=root), **wiring)
         self._options = read_options(upstream.options, Options)
         self._max_stops = 4
 
@@ -87,14 +110,21 @@ class Adapter(HTTPAdapter):
             raise UpstreamFailed("The upstream does not count tokens.")
         return sum(counts)
 
+    def features(self, model: str) -> Features:
+        return Features(
+            tools=True, logprobs=True, json_schema=True, vision=self._options.vision, audio=False, files=False
+        )
+
     async def probe(self) -> UpstreamFacts:
         try:
             info = msgspec.json.decode(await self.get("info"), type=_Info)
         except (UpstreamError, msgspec.MsgspecError):
-            return UpstreamFacts(kind="TGI", models=await self.list_models("v1/models"))
+            models = [replace(model, features=self.features(model.id)) for model in await self.list_models("v1/models")]
+            return UpstreamFacts(kind="TGI", models=models, repairs=REPAIRS)
         self._max_stops = info.max_stop_sequences
-        facts = ModelFacts(id=info.model_id, context_tokens=info.max_total_tokens)
-        return UpstreamFacts(kind="TGI", version=info.version, models=[facts])
+        features = self.features(info.model_id)
+        facts = ModelFacts(id=info.model_id, context_tokens=info.max_total_tokens, features=features)
+        return UpstreamFacts(kind="TGI", version=info.version, models=[facts], repairs=REPAIRS)
 
     # The dialect.
 

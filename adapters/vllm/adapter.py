@@ -26,22 +26,43 @@ from adapters.vllm.asking import (
     write_tools,
 )
 from adapters.vllm.drawing import Draw, Tally
-from adapters.vllm.mending import mend_delta, mend_message, reason_of
-from gateway.adapter import Dispatch, HTTPAdapter, Outgoing, UpstreamFacts, until_done
+from gateway.adapter import PROBE_S, Dispatch, Features, HTTPAdapter, Outgoing, Repair, UpstreamFacts, until_done
 from gateway.errors import GatewayError, InvalidRequest, UpstreamError, UpstreamFailed
 from gateway.faults import read_fault
+from gateway.mending import mend_delta, mend_message, reason_of
 from gateway.schema.common import Object, Usage
 from gateway.schema.endpoint import CHAT, EMBEDDINGS, Endpoint
 from gateway.schema.payload import Part, Parts, Payload, encode_fields
 from gateway.settings import Upstream, read_options
 from gateway.sse import Event
 
+MOST_ASKED = 50
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NO_TOOLS = re.compile(r"--enable-auto-tool-choice|--tool-call-parser|tool_choice.*requires.*parser")
 
 
 class _Counted(msgspec.Struct):
     count: int
+
+
+REPAIRS = (
+    Repair("deltas of tool calls completed", "chat-stream-tools"),
+    Repair("empty lists of tool calls left out", "chat-old"),
+    Repair("tools left out where none may be called", "chat-tools-none"),
+    Repair("no tool calling said in OpenAI's words", "chat-tools-not-enabled"),
+    Repair("reasoning under one name", "chat-stream-reasoning"),
+    Repair("members that OpenAI does not have left out", "chat"),
+    Repair("n at temperature 0 by copies", "chat-greedy-n"),
+    Repair("best_of ranked here", "completion-best-of"),
+    Repair("guided_* as structured_outputs", "chat-guided"),
+    Repair("usage of several choices summed", "chat-stream-n"),
+    Repair("errors of every shape as OpenAI's", "chat-old-detail"),
+    Repair("pydantic's complaints in one sentence", "chat-pydantic"),
+    Repair("a prompt beyond the context with its numbers", "chat-context"),
+    Repair("errors within a 200 stream", "chat-stream-overloaded"),
+    Repair("aborted generations as errors", "chat-stream-abort"),
+    Repair("streams without an end as errors", "chat-stream-unfinished"),
+)
 
 
 class Adapter(HTTPAdapter):
@@ -51,6 +72,17 @@ class Adapter(HTTPAdapter):
         super().__init__(upstream, **transport)
         self._options = read_options(upstream.options, Options)
         self._context: dict[str, int] = {}
+        self._calls_tools: dict[str, bool] = {}
+
+    def features(self, model: str) -> Features:
+        return Features(
+            tools=self._calls_tools.get(model),
+            logprobs=True,
+            json_schema=True,
+            audio=self._options.audio,
+            files=False,
+            usage_on_abort=True,
+        )
 
     async def probe(self) -> UpstreamFacts:
         models = await self.list_models()
@@ -59,7 +91,30 @@ class Adapter(HTTPAdapter):
             version = msgspec.json.decode(await self.get("../version"), type=dict[str, str]).get("version")
         except (UpstreamError, msgspec.MsgspecError):
             version = None  # behind a proxy that passes on only /v1
-        return UpstreamFacts(kind="vLLM", version=version, models=models)
+        for model in models[:MOST_ASKED]:
+            await self._ask_for_tools(model.id)
+        told = [replace(model, features=self.features(model.id)) for model in models]
+        return UpstreamFacts(kind="vLLM", version=version, models=told, repairs=REPAIRS)
+
+    async def _ask_for_tools(self, model: str) -> None:
+        """
+        Whether it was started with a parser of tool calls: no endpoint tells.
+
+        A request that wants no token is refused before anything is generated, but first for this, if it is so.
+        """
+        if model in self._calls_tools:
+            return
+        asked = {
+            "model": model,
+            "messages": [{"role": "user", "content": "-"}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+            "tool_choice": "auto",
+            "max_tokens": 0,
+        }
+        status, body = await self.try_post("chat/completions", msgspec.json.encode(asked), PROBE_S)
+        says = read_fault(body).message
+        if status == 400 and (_NO_TOOLS.search(says) or "max_tokens" in says):
+            self._calls_tools[model] = not _NO_TOOLS.search(says)
 
     async def count(self, endpoint: Endpoint, request: Payload[Any], model: str) -> int:
         """Tokens of the prompt, as `/tokenize` says. Raises a GatewayError where that cannot be told."""

@@ -158,8 +158,8 @@ UNTIDY_CALL = CALL | {"index": None, "function": {**CALL["function"], "descripti
             FULL | {"message": message(refusal="No.")}, FULL | {"message": message(refusal="No.")}, id="a refusal stays"
         ),
         pytest.param(
-            FULL | {"message": message(tool_calls=[UNTIDY_CALL])},
-            FULL | {"message": message(tool_calls=[CALL])},
+            FULL | {"message": message(tool_calls=[UNTIDY_CALL]), "finish_reason": "tool_calls"},
+            FULL | {"message": message(tool_calls=[CALL]), "finish_reason": "tool_calls"},
             id="nulls of a tool call go",
         ),
         pytest.param(

@@ -1,4 +1,4 @@
-"""What does vLLM leave out of OpenAI's answers, or say in other words?"""
+"""What do engines leave out of OpenAI's answers, or say in other words?"""
 
 from msgspec import UNSET
 
@@ -16,6 +16,11 @@ def reason_of(reason: str) -> str | None:
     if reason in ("abort", "error"):
         raise UpstreamFailed("The upstream aborted this generation.")
     return reason if reason in FINISHED else "stop"  # such as `repetition`
+
+
+def is_well(delta: Delta) -> bool:
+    """Whether there is nothing in it that engines say differently."""
+    return delta.tool_calls is UNSET and delta.reasoning is UNSET
 
 
 def mend_message(message: AnswerMessage) -> None:
