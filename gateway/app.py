@@ -21,7 +21,8 @@ from gateway.api.shutdown import Shutdown
 from gateway.auth import Keyring, why_not_anonymous
 from gateway.cache import Cache
 from gateway.cache.question import Fingerprints
-from gateway.errors import CannotLoad, GatewayError
+from gateway.discovery import Discovery, Findings
+from gateway.errors import CannotLoad
 from gateway.ledger import Ledger, open_ledger
 from gateway.limits import Limiter
 from gateway.models import Models
@@ -37,9 +38,6 @@ from gateway.tokens import Tokens
 from gateway.upkeep import Upkeep
 
 logger = logging.getLogger("suiron")
-
-Findings = dict[str, UpstreamFacts | GatewayError]
-"""What the first probe of each upstream found."""
 
 
 def create_app(
@@ -81,12 +79,18 @@ def create_app(
     shutdown = shutdown or Shutdown()
     readiness = Readiness(shutdown)
 
-    def on_found(findings: Findings) -> None:
-        for name, facts in findings.items():
-            if isinstance(facts, UpstreamFacts):
-                tokens.probed(name, facts)
-                fingerprints.found(name, facts)
+    def on_found(name: str, facts: UpstreamFacts) -> None:
+        tokens.probed(name, facts)
+        fingerprints.found(name, facts)
+
+    discovery = Discovery(adapters, on_found)
+
+    async def ask() -> None:
+        findings = await discovery.first()
+        readiness.loading = False
+        readiness.broken = any(isinstance(finding, CannotLoad) for finding in findings.values())
         on_ready(findings)
+        await supervised("asking upstreams what they are", discovery.keep_up)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -94,7 +98,7 @@ def create_app(
         await store.start()
         await cache.start()
         background = [
-            asyncio.create_task(_ask_all(adapters, readiness, on_found)),
+            asyncio.create_task(ask()),
             asyncio.create_task(supervised("keeping up reservations", upkeep.beat)),
             asyncio.create_task(supervised("sweeping up after other replicas", upkeep.sweep)),
         ]
@@ -175,19 +179,3 @@ def _keyring(settings: Settings) -> Keyring:
             "into a configuration file" + ("" if "credential" in forbidden else ", or listen on 127.0.0.1")
         )
     return Keyring(settings.auth, anonymous=True)
-
-
-async def _ask_all(adapters: Mapping[str, Adapter], readiness: Readiness, on_ready: Callable[[Findings], None]) -> None:
-    names = list(adapters)
-    found = await asyncio.gather(*(_ask(name, adapters[name], readiness) for name in names))
-    readiness.loading = False
-    readiness.broken = any(isinstance(finding, CannotLoad) for finding in found)
-    on_ready(dict(zip(names, found, strict=True)))
-
-
-async def _ask(name: str, adapter: Adapter, readiness: Readiness) -> UpstreamFacts | GatewayError:
-    try:
-        return await adapter.probe()
-    except GatewayError as exc:
-        logger.warning("upstream %s: %s", name, exc.message)
-        return exc

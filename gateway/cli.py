@@ -9,7 +9,9 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
@@ -18,8 +20,9 @@ import msgspec
 from gateway import __version__, server
 from gateway.adapter import UpstreamFacts, load_adapter
 from gateway.api.shutdown import Shutdown
-from gateway.app import Findings, create_app, load_adapters
+from gateway.app import create_app, load_adapters
 from gateway.auth import new_key, why_not_anonymous
+from gateway.discovery import Discovery, Findings, describe
 from gateway.errors import CannotLoad, GatewayError
 from gateway.settings import Key, Model, Settings, SettingsError, Target, Upstream, is_base_url, json_schema, load
 from gateway.telemetry import Telemetry
@@ -87,8 +90,9 @@ def serve(config: Path | None, backend: str | None, model: str | None, host: str
 
 
 @main.command()
+@click.option("--probe", is_flag=True, help="Ask every upstream what it is, too.")
 @click.argument("file", type=click.Path(path_type=Path))
-def check(file: Path) -> None:
+def check(file: Path, probe: bool) -> None:
     """Say what is wrong with a configuration FILE: where, and what to write instead."""
     try:
         settings = load(file)
@@ -98,6 +102,42 @@ def check(file: Path) -> None:
     except SettingsError as exc:
         raise click.ClickException(str(exc)) from None
     click.echo(f"{file}: fine: {len(settings.models)} models on {len(settings.upstreams)} upstreams")
+    if probe and (faults := _probe_all(settings)):
+        raise click.ClickException("; ".join(faults))
+
+
+def _probe_all(settings: Settings) -> list[str]:
+    """Prints what each upstream is, and what of its deviations is repaired; what there is to mend."""
+    findings = asyncio.run(_findings(settings))
+    faults = []
+    for name, finding in findings.items():
+        if isinstance(finding, GatewayError):
+            faults.append(f"upstream {name}: {finding.message}")
+            continue
+        click.echo(f"{name}: {describe(finding)}")
+        for repair in finding.repairs:
+            click.echo(f"  repaired: {repair.says}")
+    return faults + list(_not_listed(settings, findings))
+
+
+async def _findings(settings: Settings) -> Findings:
+    adapters = load_adapters(settings)
+    try:
+        return await Discovery(adapters, lambda name, facts: None).first()
+    finally:
+        await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))
+
+
+def _not_listed(settings: Settings, findings: Findings) -> Iterator[str]:
+    """Targets that their upstreams do not list, where these list anything."""
+    for public, model in settings.models.items():
+        for index, target in enumerate(model.targets):
+            finding, name = findings[target.upstream], target.model or public
+            if isinstance(finding, UpstreamFacts) and finding.kind in LISTING:
+                listed = [facts.id for facts in finding.models]
+                if listed and name not in listed:
+                    has = ", ".join(listed[:10])
+                    yield f"models.{public}.targets[{index}]: {target.upstream} does not list '{name}', but {has}"
 
 
 @main.command()
@@ -158,9 +198,8 @@ def _in_front_of(url: str, model: str | None) -> Settings:
     base_url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
     upstream, found = asyncio.run(recognise(base_url))
     if isinstance(found, UpstreamFacts):
-        version = f" {found.version}" if found.version else ""
         names = [facts.id for facts in found.models]
-        click.echo(f"{url}: {found.kind}{version} with {', '.join(names) or 'no models'}", err=True)
+        click.echo(f"{url}: {describe(found)}", err=True)
         if model is not None and model not in names:
             click.echo(f"{url}: it does not list {model}; asking for it all the same", err=True)
     elif model is None:
@@ -177,17 +216,26 @@ def _in_front_of(url: str, model: str | None) -> Settings:
     return Settings(upstreams={"backend": upstream}, models=models)
 
 
-DIALECTS = {"vLLM": "vllm", "TGI": "tgi"}
+DIALECTS: dict[str, dict[str, Any]] = {
+    "vLLM": {"adapter": "vllm"},
+    "TGI": {"adapter": "tgi"},
+    "SGLang": {"adapter": "openai", "options": {"engine": "sglang"}},
+    "llama.cpp": {"adapter": "openai", "options": {"engine": "llamacpp"}},
+    "Ollama": {"adapter": "openai", "options": {"engine": "ollama"}},
+    "OpenAI": {"adapter": "openai", "options": {"engine": "openai"}},
+}
 """What the kinds of server that do not quite speak OpenAI's dialect are spoken to in."""
+LISTING = frozenset({"vLLM", "SGLang", "Ollama", "OpenAI", "Suiron"})
+"""The kinds that refuse a model which they do not list; others take any name for the one they have."""
 
 
 async def recognise(base_url: str) -> tuple[Upstream, UpstreamFacts | GatewayError]:
     """What the server at *base_url* is, and how to speak to it; of the oldest TGI, only its own address tells."""
     upstream = Upstream(adapter="openai", base_url=base_url)
     found = await _probe(upstream)
-    dialect = DIALECTS.get(found.kind) if isinstance(found, UpstreamFacts) else "tgi"
+    dialect = DIALECTS.get(found.kind) if isinstance(found, UpstreamFacts) else DIALECTS["TGI"]
     if dialect is not None:
-        closer = Upstream(adapter=dialect, base_url=base_url)
+        closer = Upstream(base_url=base_url, **dialect)
         seen = await _probe(closer)
         if isinstance(seen, UpstreamFacts):
             return closer, seen
@@ -226,10 +274,19 @@ def _at(settings: Settings, listener: socket.socket) -> Settings:
 def _say_ready(settings: Settings, findings: Findings) -> None:
     if settings.telemetry.log == "json":
         logger.info("ready on port %d with the models %s", settings.server.port, ", ".join(settings.models))
+        for name, finding in findings.items():
+            if isinstance(finding, UpstreamFacts):
+                logger.info("upstream %s: %s", name, describe(finding))
         if unpriced := _unpriced(settings):
             logger.warning("without prices in the configuration, the cost of these models is unknown: %s", unpriced)
     else:
         click.echo(_welcome(settings, findings))
+
+
+def _upstreams(findings: Findings) -> str:
+    """What was found behind each, below the rest; what could not be reached is in the log."""
+    found = [f"  {name}: {describe(facts)}\n" for name, facts in findings.items() if isinstance(facts, UpstreamFacts)]
+    return "".join(found and ["\nUpstreams:\n", *found])
 
 
 def _unpriced(settings: Settings) -> str:
@@ -263,6 +320,7 @@ Suiron {__version__} is ready.
   Ledger    {ledger}
   Prices    {prices}
   Health    {base_url.removesuffix("/v1")}/health/ready
+{_upstreams(findings)}
 
 Try it (pip install openai):
 

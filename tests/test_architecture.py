@@ -19,7 +19,7 @@ LAYERS = [line.split() for line in """
     stops tokens
     call
     models
-    auth
+    auth discovery
     adapter stores database
     transport faults prices fanout mending
     schema

@@ -109,7 +109,9 @@ def test_serve_in_front_of_a_server_says_what_it_found_and_serves_its_models(par
         answer = httpx2.post(f"{served.base_url}/chat/completions", json=QUESTION).json()
         assert (answer["model"], answer["choices"][0]["message"]["content"]) == ("parrot", "Polly")
         assert served.end(signal.SIGTERM) == 0
-    assert re.search(r"http://127.0.0.1:\d+: Suiron with parrot\n", served.log)
+    assert re.search(
+        r"http://127.0.0.1:\d+: Suiron: parrot; images ✗ audio ✗ files ✗, 4 deviations repaired\n", served.log
+    )
     assert "Traceback" not in served.log
 
 
