@@ -9,7 +9,6 @@ from adapters.openai.options import Switches
 from gateway.errors import InvalidRequest
 from gateway.schema.chat import ChatRequest
 from gateway.schema.common import INT64, Object
-from gateway.schema.completions import are_ids
 from gateway.schema.endpoint import CHAT, Endpoint
 from gateway.schema.payload import Payload
 
@@ -32,7 +31,10 @@ def split(request: Payload[Any], given: Switches) -> list[Alone]:
     """The requests for single choices that this one must be; none if the server can do it as it is."""
     asked = request.value
     prompt: Any = getattr(asked, "prompt", None)
-    many = isinstance(prompt, list) and not are_ids(prompt) and not given.prompts
+    many = isinstance(prompt, list) and not given.prompts
+    if many and not all(isinstance(text, str) for text in prompt):
+        says = "Token ids are not supported by this model."
+        raise InvalidRequest(says, param="prompt", code="unsupported_value")
     prompts: list[Any] = prompt if many else [prompt]
     each = (asked.n or 1) if not given.n else 1
     if len(prompts) * each == 1 and not many:

@@ -251,9 +251,7 @@ class _Passage:
         error = self._error or self._refusal
         if error is None:
             wait_s = self._choice.wait_s(self._router.clock())
-            return Overloaded(
-                "No upstream of this model has room. Try again later.", code="no_healthy_backend", retry_after_s=wait_s
-            )
+            return Overloaded("No upstream of this model has room. Try again later.", retry_after_s=wait_s)
         tried = len(self._call.attempts)
         if isinstance(error, UpstreamError) and not isinstance(error, Overloaded) and (tried > 1 or not error.curable):
             error.headers["x-should-retry"] = "false"

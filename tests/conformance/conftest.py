@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from openai.types.chat import ChatCompletion
 
 from gateway.adapter import load_adapter
 from gateway.settings import Auth, Model, Settings, Target, Timeouts, Upstream
-from tests.house import KEY, House, events_of, running
+from tests.house import KEY, Clock, House, events_of, running
 from tests.models import make_model
 from tests.replay import CONTEXT_TOKENS, TGI, VLLM, Dialect, OpenAI, Player, Transformers, playing
 
+OPTIONS = {"openai": {"engine": "openai"}, "transformers": {"engine": "transformers"}}
 DIALECTS: dict[str, type[Dialect]] = {"vllm": VLLM, "tgi": TGI, "openai": OpenAI, "transformers": Transformers}
 ADAPTERS = ["echo", "local", *DIALECTS]
 TEXT = "The quick brown fox 推論 👩‍👩‍👧‍👦 jumps over 東京 🇯🇵, and rests."
@@ -26,6 +28,7 @@ class Contestant:
     name: str
     house: House
     player: Player | None
+    clock: Clock
 
     async def chat(self, text: Any = TEXT, **changes: Any) -> ChatCompletion:
         answer: ChatCompletion = await self.house.openai.chat.completions.create(**self.asks(text, **changes))
@@ -61,16 +64,19 @@ async def contestants(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
         players = {name: await stack.enter_async_context(playing(kind())) for name, kind in DIALECTS.items()}
         upstreams = {"echo": Upstream(adapter="echo"), "local": Upstream(adapter="local", options=local)}
         upstreams |= {name: player.settings(Timeouts(total_s=30)) for name, player in players.items()}
+        upstreams |= {name: replace(upstreams[name], options=options) for name, options in OPTIONS.items()}
         models = {name: Model(targets=[Target(upstream=name, model="model-1")]) for name in upstreams}
         adapters = {name: load_adapter(upstream) for name, upstream in upstreams.items()}
         await adapters["local"].probe()  # until then it is loading
         settings = Settings(auth=Auth(keys=[KEY]), upstreams=upstreams, models=models)
-        house = await stack.enter_async_context(running(settings, adapters))
-        yield {name: Contestant(name, house, players.get(name)) for name in ADAPTERS}
+        clock = Clock()
+        house = await stack.enter_async_context(running(settings, adapters, clock=clock))
+        yield {name: Contestant(name, house, players.get(name), clock) for name in ADAPTERS}
 
 
 def ready(contestant: Contestant) -> Contestant:
-    """With an engine that has no faults and no memory."""
+    """With an engine that has no faults and no memory, and of which nothing is remembered."""
+    contestant.clock.now += 1000
     if contestant.player is not None:
         contestant.player.forget()
     return contestant

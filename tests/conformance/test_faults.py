@@ -13,7 +13,7 @@ import pytest
 
 from gateway.settings import Auth, Model, Settings, Target, Timeouts
 from tests.conformance.conftest import DIALECTS, Contestant
-from tests.house import KEY, Received, events_of, running
+from tests.house import KEY, Clock, Received, events_of, running
 from tests.replay import Faults, Player, playing
 
 pytestmark = pytest.mark.anyio
@@ -37,12 +37,14 @@ async def engines() -> AsyncIterator[dict[str, Contestant]]:
         }
         models = {name: Model(targets=[Target(upstream=name, model="model-1")]) for name in upstreams}
         settings = Settings(auth=Auth(keys=[KEY]), upstreams=upstreams, models=models)
-        house = await stack.enter_async_context(running(settings))
-        yield {name: Contestant(name, house, player) for name, player in players.items()}
+        clock = Clock()
+        house = await stack.enter_async_context(running(settings, clock=clock))
+        yield {name: Contestant(name, house, player, clock) for name, player in players.items()}
 
 
 @pytest.fixture(params=list(DIALECTS))
 def engine(request: pytest.FixtureRequest, engines: dict[str, Contestant]) -> Contestant:
+    engines[request.param].clock.now += 1000  # what it did in an earlier test is forgotten
     return engines[request.param]
 
 

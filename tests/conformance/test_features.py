@@ -74,7 +74,7 @@ FEATURES = [
 SUBJECT = "Hi. How are you doing today? I am fine, and I hope that you are."
 
 
-@pytest.fixture(params=[name for name in ADAPTERS if name != "transformers"])
+@pytest.fixture(params=ADAPTERS)
 def adapter(request: pytest.FixtureRequest, contestants: dict[str, Contestant]) -> Contestant:
     return ready(contestants[request.param])
 
