@@ -2,8 +2,9 @@
 #
 #   docker build -t suiron .
 #   docker build -t suiron:local --target local --build-arg PIP_EXTRA_INDEX_URL=…    an index with the torch you want
-#   docker run --read-only --tmpfs /tmp -v ./my.yaml:/etc/suiron/gateway.yaml:ro -p 8000:8000 suiron
+#   docker run --read-only --tmpfs /tmp -v suiron:/var/lib/suiron -v ./my.yaml:/etc/suiron/gateway.yaml:ro -p 8000:8000 suiron
 #
+# The volume has the ledger, as long as the configuration names no database, and what is under way, in any case.
 # The configuration inside answers `echo`, to the container alone: mount one with `server.host: 0.0.0.0` and keys over it.
 
 FROM python:3.11.14-slim-bookworm AS base
@@ -22,16 +23,18 @@ ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL
 COPY constraints.txt /wheels/
 COPY --from=wheel /wheels /wheels
 RUN python -m venv /opt/suiron
-RUN /opt/suiron/bin/python -m pip install -c /wheels/constraints.txt --find-links /wheels suiron
+RUN /opt/suiron/bin/python -m pip install -c /wheels/constraints.txt --find-links /wheels "suiron[postgres]"
 
 FROM installed AS installed-local
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL
 RUN /opt/suiron/bin/python -m pip install -c /wheels/constraints.txt --find-links /wheels "suiron[local]"
 
 FROM base AS runtime
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin suiron
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin suiron \
+    && install -d -m 700 -o suiron -g suiron /var/lib/suiron
 COPY config/gateway.yaml /etc/suiron/gateway.yaml
-ENV PATH=/opt/suiron/bin:$PATH HOME=/tmp
+ENV PATH=/opt/suiron/bin:$PATH HOME=/tmp XDG_STATE_HOME=/var/lib
+VOLUME /var/lib/suiron
 WORKDIR /tmp
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \

@@ -145,6 +145,23 @@ def test_the_gateways_configuration_names_services_by_their_ports_and_lets_nobod
     assert (settings.server.host, settings.server.port) == ("0.0.0.0", 8000)
 
 
+def test_the_gateways_share_a_redis_and_a_postgresql_and_keep_their_journals_on_a_volume() -> None:
+    settings = load(ROOT / "config" / "compose.yaml")
+    gateway, redis, postgres = SERVICES["gateway"], SERVICES["redis"], SERVICES["postgres"]
+    login = postgres["environment"]
+
+    assert settings.store.url == "redis://redis:6379/0"
+    assert redis["command"][-2:] == ["--maxmemory-policy", "noeviction"]
+    assert settings.database.url == f"postgresql://{login['POSTGRES_USER']}@postgres/{login['POSTGRES_DB']}"
+    assert settings.database.password is not None
+    assert settings.database.password.file == login["POSTGRES_PASSWORD_FILE"]
+    assert gateway["secrets"] == postgres["secrets"] == ["postgres_password"]
+    assert "state:/var/lib/suiron" in gateway["volumes"]
+    assert settings.database.journal == "/var/lib/suiron/journal"
+    assert last("gateway", "VOLUME") == "/var/lib/suiron"
+    assert "-o suiron -g suiron /var/lib/suiron" in last("gateway", "RUN")
+
+
 def test_the_load_balancer_and_prometheus_know_where_the_services_are() -> None:
     nginx = (ROOT / "config" / "nginx.conf").read_text()
     jobs = yaml.safe_load((ROOT / "config" / "prometheus.yml").read_text())["scrape_configs"]
@@ -187,7 +204,7 @@ def test_the_dockerfile_copies_only_what_is_there_and_fetches_nothing_by_itself(
     copied = [step.rest.split()[:-1] for step in steps if step.word == "COPY" and "--from" not in step.rest]
 
     assert {step.word for step in steps} <= set(
-        "FROM ENV ARG WORKDIR COPY RUN EXPOSE HEALTHCHECK ENTRYPOINT CMD USER".split()
+        "FROM ENV ARG WORKDIR COPY RUN EXPOSE HEALTHCHECK ENTRYPOINT CMD USER VOLUME".split()
     )
     assert [step.rest for step in steps if re.search(r"\b(curl|wget|git|apt|apt-get)\b", step.rest)] == []
     for source in {source for sources in copied for source in sources}:

@@ -1,5 +1,6 @@
 """Calls as the pipeline would leave them, and ledgers to put them in."""
 
+import re
 import sqlite3
 from pathlib import Path
 
@@ -95,3 +96,24 @@ def a_record(request_id: str, **changes: object) -> UsageRecord:
         cost_nano=50_000,
     )
     return structs.replace(record, **changes)
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+THE_BILL = re.findall(r"^```sql\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[0]
+"""How the README says that the bill is read."""
+NOVEMBER_MS = 1_793_491_200_000
+
+
+def for_a_bill() -> list[UsageRecord]:
+    """Of November: two teams and a model without prices; and one of the month before."""
+    records = [
+        a_record("req_1", cost_nano=1_500_000_000),
+        a_record("req_2", cost_nano=500_000_001),
+        a_record("req_3", model="free", price_input=None, price_output=None, cost_nano=None),
+        a_record("req_4", team="blue", cost_nano=3_000_000_000),
+        a_record("req_5", cost_nano=7_000_000_000, started_ms=NOVEMBER_MS - 1),
+    ]
+    return [structs.replace(each, started_ms=min(each.started_ms, NOVEMBER_MS)) for each in records]
+
+
+BILL = [("blue", "smart", 1, 15, 3.0, 0), ("red", "smart", 2, 30, 2.000000001, 0), ("red", "free", 1, 15, 0.0, 1)]

@@ -20,7 +20,7 @@ from gateway.errors import LedgerFull
 from gateway.ledger import Ledger, LedgerUnavailable, open_ledger
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
-from tests.ledger.calls import SUMS, a_call, a_record
+from tests.ledger.calls import BILL, SUMS, THE_BILL, a_call, a_record, for_a_bill
 from tests.ledger.servers import Postgres, PostgresDatabase, a_postgres
 from tests.served import until
 
@@ -318,3 +318,14 @@ def test_a_table_of_somebody_else_is_refused(database: PostgresDatabase) -> None
 def test_postgresql_needs_a_place_for_the_journal(database: PostgresDatabase) -> None:
     with pytest.raises(SettingsError, match=r"database\.journal: name a directory on a local disk"):
         open_ledger(settings.Database(url=database.settings().url, password=database.settings().password))
+
+
+def test_the_bill_is_the_query_that_the_readme_says(database: PostgresDatabase) -> None:
+    opened = open_database(database.settings())
+    opened.prepare()
+    opened.commit(for_a_bill())
+    opened.close()
+
+    rows = [tuple(map(float, row[2:])) for row in database.ask(THE_BILL)]
+    assert [row[:2] for row in database.ask(THE_BILL)] == [row[:2] for row in BILL]
+    assert rows == [row[2:] for row in BILL]

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from gateway import settings
+from gateway.database.sqlite import SQLite
 from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
-from tests.ledger.calls import DIFFERENCE, a_call, ask, rows_at, sqlite_at
+from tests.ledger.calls import BILL, DIFFERENCE, THE_BILL, a_call, ask, for_a_bill, rows_at, sqlite_at
 from tests.served import until
 
 pytestmark = pytest.mark.anyio
@@ -228,3 +229,22 @@ def test_room_is_what_the_configuration_says(tmp_path: Path) -> None:
     (path,) = (tmp_path / "ledger.journal").iterdir()
 
     assert 3 * 2**20 <= path.stat().st_size < 3.01 * 2**20
+
+
+def test_the_bill_is_the_query_that_the_readme_says(tmp_path: Path) -> None:
+    database = SQLite(tmp_path / "ledger.db")
+    database.prepare()
+    database.commit(for_a_bill())
+    database.close()
+
+    assert [tuple(row) for row in ask(tmp_path, THE_BILL)] == BILL
+
+
+async def test_a_copy_can_be_made_while_it_runs(tmp_path: Path) -> None:
+    async with ledger_at(tmp_path) as ledger:
+        posted = [request(ledger)]
+        await until(lambda: ledger.backlog == 0)
+        (tmp_path / "copy").mkdir()
+        ask(tmp_path, f"VACUUM INTO '{tmp_path}/copy/ledger.db'")
+
+    whole(tmp_path / "copy", posted)
