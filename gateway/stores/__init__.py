@@ -72,6 +72,11 @@ class Costs(Struct, frozen=True, gc=False):
     nano_usd: int = 0
     requests: int = 1
 
+    def at_least(self, other: "Costs") -> "Costs":
+        return Costs(
+            max(self.tokens, other.tokens), max(self.nano_usd, other.nano_usd), max(self.requests, other.requests)
+        )
+
 
 class Reservation(Struct, gc=False):
     """

@@ -106,6 +106,8 @@ class MemoryStore:
         request_id = reservation.request_id
         if request_id in self._settled or request_id in self._late:
             return
+        if not exact:
+            actual = actual.at_least(reservation.costs)
         now = self._now_ms()
         held = self._open.pop(request_id, None)
         if held is None:
@@ -114,7 +116,7 @@ class MemoryStore:
         late: list[_Late] = []
         for one, mark in zip(self._counted(held.reservation.plan), held.marks, strict=True):
             amount = one.cost(actual)
-            if one.first and not one.counter.settle(request_id, mark, amount, exact, now):
+            if one.first and not one.counter.settle(request_id, mark, amount, now):
                 late.append(_Late(one.counter, one.period(held.answer.at_ms), amount))
         self._remember(request_id, held.answer, late, now)
 
@@ -128,7 +130,9 @@ class MemoryStore:
                 one.counter.take(reservation.request_id, one.cost(actual), now, admitted)
             elif one.first and isinstance(one.counter, _QuotaCounter):
                 late.append(_Late(one.counter, one.period(admitted), one.cost(actual)))
-        self._remember(reservation.request_id, _figures(counted, now), late, now)
+        answer = _figures(counted, now)
+        answer.at_ms = admitted
+        self._remember(reservation.request_id, answer, late, now)
 
     def _remember(self, request_id: str, answer: Decision, late: "list[_Late]", now: int) -> None:
         """What was settled, so that doing it again changes nothing."""
@@ -228,7 +232,7 @@ class _Counter:
         """Count *cost* as of when it was admitted; None where that is not possible."""
         raise NotImplementedError
 
-    def settle(self, request_id: str, mark: Mark | None, actual: int, exact: bool, now: int) -> bool:
+    def settle(self, request_id: str, mark: Mark | None, actual: int, now: int) -> bool:
         """Whether the counter now has what was used; False if it never had what was reserved."""
         raise NotImplementedError
 
@@ -280,11 +284,11 @@ class _WindowCounter(_Counter):
         self._add(bucket, cost)
         return bucket, cost
 
-    def settle(self, request_id: str, mark: Mark | None, actual: int, exact: bool, now: int) -> bool:
+    def settle(self, request_id: str, mark: Mark | None, actual: int, now: int) -> bool:
         bucket, reserved = mark or (-1, actual)
         if actual > reserved:
             self._add(self._turn(now), actual - reserved)
-        elif exact:
+        else:
             self._add(bucket, -min(reserved - actual, self._buckets.get(bucket, 0)))
         return True
 
@@ -330,7 +334,7 @@ class _LeaseCounter(_Counter):
         self.renew(request_id, now)
         return None
 
-    def settle(self, request_id: str, mark: Mark | None, actual: int, exact: bool, now: int) -> bool:
+    def settle(self, request_id: str, mark: Mark | None, actual: int, now: int) -> bool:
         self._ends.pop(request_id, None)
         return True
 
@@ -373,11 +377,10 @@ class _QuotaCounter(_Counter):
         self._used += cost
         return self._epoch, cost
 
-    def settle(self, request_id: str, mark: Mark | None, actual: int, exact: bool, now: int) -> bool:
+    def settle(self, request_id: str, mark: Mark | None, actual: int, now: int) -> bool:
         if mark is None or mark[0] != self._epoch:
             return False
-        if exact or actual > mark[1]:
-            self._used += actual - mark[1]
+        self._used += actual - mark[1]
         return True
 
     def charge(self, period_start: int, amount: int, seq: int) -> None:

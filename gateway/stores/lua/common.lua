@@ -118,12 +118,12 @@ function window.take(w, _, cost, now, admitted)
 end
 
 -- Writes. More than was reserved is spent now, less was not spent then. Always the whole truth.
-function window.settle(key, rule, bucket, reserved, actual, exact, now)
+function window.settle(key, rule, bucket, reserved, actual, now)
   if not bucket then reserved = 0 end
   if actual > reserved then
     local w = window.look(key, rule, now)
     window.add(w, w.current, actual - reserved)
-  elseif exact and actual < reserved then
+  elseif actual < reserved then
     local back = min(reserved - actual, tonumber(redis.call('HGET', key, bucket)) or 0)
     if back > 0 then
       redis.call('HINCRBY', key, bucket, -back)
@@ -197,9 +197,9 @@ function quota.take(q, _, cost, _, admitted)
 end
 
 -- Writes. False where what was reserved is not in the quota (any more).
-function quota.settle(key, _, epoch, reserved, actual, exact)
+function quota.settle(key, _, epoch, reserved, actual)
   if not epoch or redis.call('HGET', key, 'epoch') ~= epoch then return false end
-  if actual > reserved or exact and actual < reserved then redis.call('HINCRBY', key, 'used', actual - reserved) end
+  if actual ~= reserved then redis.call('HINCRBY', key, 'used', actual - reserved) end
   return true
 end
 

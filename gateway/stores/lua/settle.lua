@@ -1,6 +1,6 @@
 -- Replace what was reserved by what was used, and leave the event for the ledgers of all replicas.
 -- KEYS: deadlines, one for each rule, stream, reservation.
--- ARGV: plan, actual costs, request id, exact, whether a lost reservation counts, ms since admission, event.
+-- ARGV: plan, actual costs, request id, whether a lost reservation counts, ms since admission, event.
 -- → {0 | 2 where quotas wait for the row, stream entry}; {1} where there is nothing to settle
 
 local known = redis.call('GET', KEYS[#KEYS])
@@ -8,11 +8,11 @@ local record = known and cmsgpack.unpack(known)
 if record and record[1] ~= 'open' then
   return {record[1] == 'late' and 2 or 0, record[6]}
 end
-if not record and ARGV[5] == '0' then return {1} end
+if not record and ARGV[4] == '0' then return {1} end
 
 local now = clock()
 local rules, actual, id = cmsgpack.unpack(ARGV[1]), costs_of(ARGV[2]), ARGV[3]
-local admitted = record and record[2] or now - tonumber(ARGV[6])
+local admitted = record and record[2] or now - tonumber(ARGV[5])
 local late = {}
 
 local function wait_for_row(i, rule)
@@ -22,12 +22,11 @@ local function wait_for_row(i, rule)
 end
 
 if record then
-  local exact = ARGV[4] == '1'
   for i, rule in ipairs(rules) do
     if rule[6] == 0 then
       if rule[1] == 'c' then
         redis.call('ZREM', KEYS[i + 1], id)
-      elseif not counters[rule[1]].settle(KEYS[i + 1], rule, record[6][i], record[7][i], actual[rule[2]], exact, now) then
+      elseif not counters[rule[1]].settle(KEYS[i + 1], rule, record[6][i], record[7][i], actual[rule[2]], now) then
         wait_for_row(i, rule)
       end
     end
@@ -46,9 +45,9 @@ else
 end
 
 local entry = ''
-if ARGV[7] ~= '' then
+if ARGV[6] ~= '' then
   local plan = #late > 0 and ARGV[1] or ''
-  entry = redis.call('XADD', KEYS[#KEYS - 1], 'MAXLEN', '~', 100000, '*', 'id', id, 'event', ARGV[7], 'plan', plan)
+  entry = redis.call('XADD', KEYS[#KEYS - 1], 'MAXLEN', '~', 100000, '*', 'id', id, 'event', ARGV[6], 'plan', plan)
 end
 local state = #late > 0 and 'late' or 'done'
 local settled = {state, admitted, record[3], record[4], record[5], entry, late}

@@ -35,8 +35,8 @@ class Node:
     """
     Commands that are asked in one turn of the event loop leave in one write; no reply is waited for before the next.
 
-    A server that fails five times in a row, or half of the time, or answers slowly, is left alone: `open`. It is then
-    tried in the background once a second, until it has done a *probe* well three times.
+    A server that fails five times in a row, or half of the time, or is slow in one of four round trips, is left alone:
+    `open`. It is then tried in the background once a second, until it has done a *probe* well three times.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Node:
         self._watch: asyncio.TimerHandle | None = None
         self._in_a_row = 0
         self._span_began = 0.0
-        self._good = self._slow = self._bad = 0
+        self._good = self._bad = self._trips = self._slow = 0
 
     def ask(self, command: bytes, answered: Answered) -> None:
         """Raises StoreUnavailable at once while the server is left alone; then *answered* is not called."""
@@ -146,11 +146,12 @@ class Node:
     def _answered(self, good: int, seconds: float) -> None:
         self._turn()
         self._good += good
+        self._trips += 1
         if good:
             self._in_a_row = 0
         if seconds > SLOW_S:
-            self._slow += good
-            if self._slow >= ENOUGH and self._slow > self._good // 20:
+            self._slow += 1
+            if self._trips >= ENOUGH and self._slow * 4 > self._trips:
                 self.leave_alone(f"slow: {seconds * 1000:.0f} ms")
 
     def refused(self, error: ReplyError) -> bool:
@@ -173,7 +174,7 @@ class Node:
         now = self._loop.time()
         if now - self._span_began > SPAN_S:
             self._span_began = now
-            self._good = self._slow = self._bad = 0
+            self._good = self._bad = self._trips = self._slow = 0
 
     def _closed(self, link: Link, reason: str) -> None:
         if link is self._link:
@@ -220,7 +221,7 @@ class Node:
                 self.trouble = str(exc) or "no connection in time"
                 self._let_go(self.trouble)
                 done = 0
-        self._in_a_row = self._good = self._slow = self._bad = 0
+        self._in_a_row = self._good = self._bad = self._trips = self._slow = 0
         self.open = False
         self.trouble = ""
         self._changed(self)

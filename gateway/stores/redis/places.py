@@ -98,9 +98,10 @@ def partition_of(slot: str) -> int:
     return key_slot(slot.encode()) % PARTITIONS
 
 
-def places(where: Where, make: MakeNode, timeout_s: float) -> Places:
+def places(where: Where, make: MakeNode, timeout_s: float, mapped: Callable[[], None]) -> Places:
+    """*mapped* is called whenever a partition has another node."""
     if where.cluster:
-        return Cluster(where, make)
+        return Cluster(where, make, mapped)
     if where.master is not None:
         return Single(make(_asking_sentinel(where, where.master, timeout_s), where.access))
     return Single(make(_always(where.addresses[0]), where.access))
@@ -155,8 +156,9 @@ class Single:
 class Cluster:
     """The map of a cluster, learned from any of its nodes, and from being sent elsewhere."""
 
-    def __init__(self, where: Where, make: MakeNode) -> None:
+    def __init__(self, where: Where, make: MakeNode, mapped: Callable[[], None]) -> None:
         self._access = where.access
+        self._mapped = mapped
         self._make = make
         self._known: dict[Address, Node] = {}
         self._learning: asyncio.Task[None] | None = None
@@ -176,6 +178,7 @@ class Cluster:
 
     def moved(self, partition: int, address: Address) -> Node:
         node = self.nodes[partition] = self.at(address)
+        self._mapped()
         self._learn_soon()
         return node
 
@@ -214,4 +217,5 @@ class Cluster:
             for first, last, owner in owners:
                 if first <= slot <= last:
                     self.nodes[partition] = self.at(owner)
+        self._mapped()
         return True

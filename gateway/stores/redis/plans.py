@@ -53,7 +53,7 @@ class Prepared:
         return self._scripts.admit.head(self.keys, 1, 4, whole)
 
     def settle_head(self, whole: bool = False) -> bytes:
-        return self._scripts.settle.head([*self.keys, key(self.partition, "u")], 1, 7, whole)
+        return self._scripts.settle.head([*self.keys, key(self.partition, "u")], 1, 6, whole)
 
 
 def prepare(plan: Plan, scripts: Scripts) -> Prepared:

@@ -1,6 +1,7 @@
 """What becomes of a settle: delivered once, whatever is lost on the way, and forgotten when its row is recorded."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,8 +18,13 @@ MOST_UNRECORDED = 200_000
 MOST_BACKLOG = 50_000
 AGAIN_S = 0.1
 AT_A_TIME = 500
+CHARGES = 86_400
+HOPELESS = ("ERR", "WRONGTYPE", "CROSSSLOT")
+"""What Redis says of a command that it will never do: a fault of ours."""
 CERTAIN_S = 240.0
 """After so long a settle that may have been done counts only if its reservation is open: what it left may be gone."""
+
+logger = logging.getLogger("suiron")
 
 
 class Settlements:
@@ -40,12 +46,12 @@ class Settlements:
         self._charging: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()
 
-    def add(self, reservation: Reservation, actual: Costs, exact: bool, event: bytes) -> None:
+    def add(self, reservation: Reservation, actual: Costs, event: bytes) -> None:
         if reservation.request_id in self._known:
             return
         while len(self._known) >= MOST_UNRECORDED:  # then the event of the oldest is a stray
             del self._known[next(iter(self._known))]
-        settling = Settling(self, reservation, actual, exact, event)
+        settling = Settling(self, reservation, actual, event)
         self._known[reservation.request_id] = settling
         self._deliver(settling, self._calls.nodes[prepare(reservation.plan, self._scripts).partition])
 
@@ -59,7 +65,7 @@ class Settlements:
         lost_counts = prepared.lost_counts and now - settling.unsure_since_s < CERTAIN_S
         request_id, actual, event = settling.reservation.request_id.encode(), settling.actual, settling.event
         age = b"%d" % max(0, round((now - settling.reservation.since_s) * 1000))
-        command = b"%b$%d\r\n%b%b\r\n%b$24\r\n%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n$1\r\n%d\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+        command = b"%b$%d\r\n%b%b\r\n%b$24\r\n%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
             prepared.settle_head(whole=True) if whole else prepared.settle,
             prepared.reservation_length + len(request_id),
             prepared.reservation,
@@ -68,7 +74,6 @@ class Settlements:
             pack_costs(actual.tokens, actual.nano_usd, actual.requests),
             len(request_id),
             request_id,
-            settling.exact,
             lost_counts,
             len(age),
             age,
@@ -98,6 +103,9 @@ class Settlements:
                     elsewhere.ask(ASKING, ignore)
                 self._deliver(settling, elsewhere, whole=word == "NOSCRIPT")
                 return
+        if isinstance(reply, ReplyError) and str(reply).startswith(HOPELESS):
+            self._give_up(settling, reply)
+            return
         if isinstance(reply, Lost) and reply.sent:
             settling.unsure_since_s = min(settling.unsure_since_s, self._monotonic_s())
         self._calls.at_fault(node, reply)
@@ -107,11 +115,17 @@ class Settlements:
         """It could not be delivered; it will be."""
         settling.tries = 0
         if len(self._backlog) >= MOST_BACKLOG:
-            self._known.pop(self._backlog.popleft().reservation.request_id, None)
-            self._counts.dropped += 1
+            self._give_up(self._backlog.popleft(), "too much waits for the store")
         self._backlog.append(settling)
         self._counts.backlog = len(self._backlog)
         self._try_again_soon()
+
+    def _give_up(self, settling: "Settling", reason: object) -> None:
+        """Its reservation stays as it is, until it is found overdue."""
+        logger.error("%s could not be settled in the store: %s", settling.reservation.request_id, reason)
+        self._known.pop(settling.reservation.request_id, None)
+        self._counts.dropped += 1
+        self._progress.set()
 
     def _try_again_soon(self) -> None:
         if self._again is None:
@@ -205,7 +219,7 @@ class Settlements:
 
     async def _charge(self, prepared: Prepared, request_id: str, seq: int) -> None:
         keys = [*prepared.keys, prepared.reservation + request_id.encode()]
-        while True:
+        for _ in range(CHARGES):
             try:
                 await self._calls.call(self._scripts.charge, prepared.partition, keys, (seq,))
                 return
@@ -236,7 +250,6 @@ class Settling:
         "delivered",
         "entry",
         "event",
-        "exact",
         "late",
         "node",
         "reservation",
@@ -245,13 +258,10 @@ class Settling:
         "unsure_since_s",
     )
 
-    def __init__(
-        self, settlements: Settlements, reservation: Reservation, actual: Costs, exact: bool, event: bytes
-    ) -> None:
+    def __init__(self, settlements: Settlements, reservation: Reservation, actual: Costs, event: bytes) -> None:
         self._all = settlements
         self.reservation = reservation
         self.actual = actual
-        self.exact = exact
         self.event = event
         self.delivered = False
         self.entry = b""

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
@@ -63,7 +64,7 @@ class RedisStore:
         self._seeding = Seeding(used)
         self._name = secrets.token_hex(8)
         self._seedings = itertools.count()
-        self._was_available = True
+        self.available = False
         self._back_since_s = -math.inf
         self._nodes: list[Node] = []
         self._loop: asyncio.AbstractEventLoop
@@ -72,14 +73,11 @@ class RedisStore:
         self._settlements: Settlements
         self._membership: asyncio.Task[None]
 
-    @property
-    def available(self) -> bool:
-        return bool(self._nodes) and not any(node.open for node in self._nodes)
-
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._places = places(self._where, self._node, self._timeout_s)
+        self._places = places(self._where, self._node, self._timeout_s, self._look_around)
         self._nodes = self._places.nodes
+        self.available = True
         self._calls = Calls(self._places, self._now_ms)
         self._settlements = Settlements(self._calls, self._scripts, self.counts, self._monotonic_s)
         await self._places.start()
@@ -88,6 +86,14 @@ class RedisStore:
         except StoreUnavailable as exc:
             self._nodes[0].leave_alone(str(exc))
         self._membership = asyncio.create_task(self._stay_a_member())
+        await self._warn_of_eviction()
+
+    async def _warn_of_eviction(self) -> None:
+        with suppress(StoreUnavailable):
+            info: bytes = await self._calls.ask(0, lambda whole: packed("INFO", "memory"))
+            policy = re.search(r"maxmemory_policy:(\S+)", info.decode())
+            if policy and policy[1] != "noeviction":
+                logger.warning("the store's Redis may evict counters: its maxmemory-policy is %s", policy[1])
 
     def _node(self, find: Callable[[], Awaitable[Address]], access: Access) -> Node:
         probe = packed("EVAL", "return redis.call('SET', KEYS[1], 1, 'PX', 1000)", 1, f"{tag(0)}probe")
@@ -95,16 +101,18 @@ class RedisStore:
 
     def _node_changed(self, node: Node) -> None:
         if node.open:
+            logger.error("a Redis of the store is left alone: %s", node.trouble)
             self._places.unwell(node)
         else:
             self._back_since_s = self._loop.time()
-        if self.available != self._was_available:
-            self._was_available = self.available
-            if self.available:
-                logger.warning("the store is back")
-            else:
-                logger.error("the store is left alone: %s", node.trouble)
-            self._changed(self.available)
+        self._look_around()
+
+    def _look_around(self) -> None:
+        available = not any(node.open for node in self._nodes)
+        if available != self.available:
+            self.available = available
+            logger.warning("the store is %s", "back" if available else "out of reach")
+            self._changed(available)
 
     async def admit(self, reservation: Reservation) -> Decision:
         plan = reservation.plan
@@ -147,7 +155,7 @@ class RedisStore:
         await self._calls.call(self._scripts.seed, prepared.partition, [prepared.keys[1 + index]], arguments)
 
     def settle(self, reservation: Reservation, actual: Costs, *, exact: bool, event: bytes = b"") -> None:
-        self._settlements.add(reservation, actual, exact, event)
+        self._settlements.add(reservation, actual if exact else actual.at_least(reservation.costs), event)
 
     def recorded(self, rows: Mapping[str, int]) -> None:
         self._settlements.recorded(rows)
