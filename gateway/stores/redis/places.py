@@ -98,7 +98,7 @@ def partition_of(slot: str) -> int:
     return key_slot(slot.encode()) % PARTITIONS
 
 
-def places(where: Where, make: MakeNode, timeout_s: float, mapped: Callable[[], None]) -> Places:
+def places(where: Where, make: MakeNode, timeout_s: float, mapped: Callable[[], None] = lambda: None) -> Places:
     """*mapped* is called whenever a partition has another node."""
     if where.cluster:
         return Cluster(where, make, mapped)
