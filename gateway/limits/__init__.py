@@ -61,6 +61,8 @@ class Limiter:
             return None
         if terms.strict:
             _cap(call)
+        elif terms.ceiling_tokens is not None and estimate.tokens > terms.ceiling_tokens and not estimate.exact:
+            estimate = await self._tokens.estimate(call, targets, strict=True)  # refuse for what it is, not for a guess
         prompt = estimate.upper_bound if terms.strict else estimate.tokens
         output = self._tokens.expected_output(call, strict=terms.strict)
         if terms.ceiling_tokens is not None and call.endpoint.streams and call.request.value.limit is None:

@@ -195,6 +195,18 @@ async def test_a_request_that_can_never_pass_is_a_400_with_the_numbers() -> None
         assert (await stage.ask()).status_code == 200, "one that does not say how much it wants may pass"
 
 
+async def test_a_prompt_is_not_refused_for_a_guess_where_its_tokens_can_be_counted() -> None:
+    async with limited("tokens_per_minute: 100") as stage:
+        long = {"messages": [{"role": "user", "content": "x" * 2000}], "max_tokens": 1}
+        assert (await stage.ask(**long)).status_code == 400
+
+        async def count(*_: object) -> int:
+            return 70
+
+        stage.adapter.count = count  # type: ignore[attr-defined]
+        assert (await stage.ask(**long)).status_code == 200
+
+
 async def test_a_request_that_was_refused_consumes_nothing_of_any_limit() -> None:
     async with limited("requests_per_minute: 1, requests_per_hour: 3") as stage:
         assert [(await stage.ask()).status_code for _ in range(5)] == [200, 429, 429, 429, 429]
