@@ -85,7 +85,7 @@ def upstream_error(status: int, fault: Fault, wait_s: float | None = None) -> er
 
 
 MAX_WAIT_S = 30
-_FULL = re.compile(r"overloaded|currently busy|queue|too many|capacity|rate limit", re.IGNORECASE)
+_FULL = re.compile(r"overloaded|currently (busy|scaling)|queue|too many|capacity|rate limit", re.IGNORECASE)
 """What a server says that is full; one that says nothing of the kind with its 503 may as well be dead."""
 
 

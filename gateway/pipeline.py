@@ -68,6 +68,7 @@ class Pipeline:
         """What can answer this; raises ModelNotFound or InvalidRequest, at no cost to anyone."""
         call.model = self._models.get(call.request.value.model, call.principal)
         targets = call.model.targets_for(call.endpoint, call.request.value)
+        self._tokens.check(call)
         if call.unknown:
             extensions = frozenset[str]().union(*(target.adapter.extra_fields for target in targets))
             if ignored := judge_unknown(call.unknown, extensions):

@@ -13,12 +13,12 @@ from msgspec.structs import replace
 
 from gateway.adapter import UpstreamFacts
 from gateway.call import Call, Estimate, Heard
-from gateway.errors import GatewayError
+from gateway.errors import ContextLengthExceeded, GatewayError
 from gateway.models import Target
 from gateway.schema.chat import ChatRequest, ContentPart, FunctionCall, Message
 from gateway.schema.common import Object, Usage
 from gateway.schema.completions import are_ids
-from gateway.schema.endpoint import CHAT, EMBEDDINGS
+from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS
 from gateway.schema.payload import Payload
 from gateway.settings import Model, Settings
 
@@ -101,6 +101,20 @@ class Tokens:
                     names = [facts.models[0].id]
                 contexts = [told[each] for each in names if each in told]
                 learned.context_tokens = max([learned.context_tokens or 0, *contexts]) or None
+
+    def check(self, call: Call) -> None:
+        """
+        Raises ContextLengthExceeded for a completion whose limit alone is beyond the model's context, as OpenAI does.
+
+        In a chat such a limit only means "as much as there is room for".
+        """
+        context, limit = self._of(call).context_tokens, getattr(call.request.value, "max_tokens", None)
+        if call.endpoint is COMPLETIONS and context is not None and limit is not None and limit > context:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {context} tokens. However, you requested {limit} completion "
+                "tokens. Please reduce their number.",
+                param="max_tokens",
+            )
 
     async def estimate(self, call: Call, targets: Sequence[Target], *, strict: bool = False) -> Estimate:
         """

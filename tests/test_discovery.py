@@ -318,3 +318,39 @@ models:
         assert done.returncode == 1
         assert "upstream dead: The upstream could not be reached." in done.stderr
         assert "models.bad.targets[0]: gpu does not list 'lama', but llama" in done.stderr
+
+
+async def test_the_context_that_an_upstream_tells_holds_where_the_configuration_says_none() -> None:
+    answers = {"/v1/models": listed("sglang", "m", max_model_len=64), "/v1/completions": completed()}
+    async with upstream(server(answers)) as up:
+        settings = Settings(
+            auth=Auth(keys=[KEY]),
+            upstreams={"up": up.settings()},
+            models={
+                "told": Model(targets=[Target(upstream="up", model="m")]),
+                "given": Model(targets=[Target(upstream="up", model="m")], context_tokens=100),
+            },
+        )
+        async with running(settings) as house:
+            statuses = {}
+            for model in ("told", "given"):
+                for limit in (64, 65, 101):
+                    asked = {"model": model, "prompt": "a", "max_tokens": limit}
+                    answer = await house.post(asked, "completions")
+                    statuses[model, limit] = answer.status_code
+            error = answer.json()["error"]
+    assert statuses == {
+        ("told", 64): 200,
+        ("told", 65): 400,
+        ("told", 101): 400,
+        ("given", 64): 200,
+        ("given", 65): 200,
+        ("given", 101): 400,
+    }
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "100 tokens" in error["message"]
+
+
+def completed() -> Any:
+    choice = {"index": 0, "text": "b", "finish_reason": "stop", "logprobs": None}
+    return {"id": "x", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}

@@ -415,6 +415,22 @@ async def test_the_abandoned_attempt_is_closed_and_on_record_with_what_it_cost()
     assert [(standing.state, standing.in_flight) for standing in router.standings()] == [("up", 0), ("up", 0)]
 
 
+async def test_all_attempts_share_one_deadline() -> None:
+    quick, slow = (
+        Upstream(adapter="s", timeouts=Timeouts(total_s=5)),
+        Upstream(adapter="s", timeouts=Timeouts(total_s=50)),
+    )
+    first, second = ScriptedAdapter(UpstreamUnreachable("")), ScriptedAdapter(WHOLE)
+    settings = settings_for(slow, quick)
+    model = Models(settings, {"upstream-1": first, "upstream-2": second}).get("smart", ANONYMOUS)
+    call = Call(CHAT, ANONYMOUS, *read_request(CHAT, json.dumps(HELLO).encode()))
+    router = Router(settings.upstreams, Silent())
+    began = asyncio.get_running_loop().time()
+    assert [parts async for parts in router.answer(call, model.targets_for(CHAT))] == [WHOLE]
+    deadlines = [dispatch.deadline - began for dispatch in (*first.dispatches, *second.dispatches)]
+    assert deadlines == [pytest.approx(50, abs=1), pytest.approx(5, abs=1)]
+
+
 async def test_a_client_that_leaves_gives_back_all_it_held() -> None:
     call = Call(CHAT, ANONYMOUS, *read_request(CHAT, json.dumps(STREAM).encode()))
     failing, endless = ScriptedAdapter(UpstreamUnreachable("")), ScriptedAdapter(WHOLE, asyncio.Event())
