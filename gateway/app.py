@@ -10,6 +10,7 @@ from litestar import Litestar, asgi
 from litestar.types import ASGIApp
 
 from gateway.adapter import Adapter, UpstreamFacts, load_adapter
+from gateway.api.admin.cache import cache_routes
 from gateway.api.cors import CORS
 from gateway.api.errors import EXCEPTION_HANDLERS
 from gateway.api.generation import Shortcut, generation_apps
@@ -121,6 +122,7 @@ def create_app(
             *model_routes(keyring, models),
             *health_routes(readiness),
             *metrics_routes(keyring, telemetry.metrics, settings.telemetry),
+            *cache_routes(keyring, cache),
             *page_routes(),
         ],
         exception_handlers=EXCEPTION_HANDLERS,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
 
-from gateway.errors import AuthenticationFailed
+from gateway.errors import AuthenticationFailed, PermissionDenied
 from gateway.settings import Auth, Key, Settings
 
 FORWARDING_HEADERS = re.compile(rb"forwarded|via|x-real-ip|x-(original-)?forwarded-.*|cf-connecting-ip")
@@ -52,6 +52,7 @@ class Keyring:
 
     def __init__(self, auth: Auth, *, anonymous: bool) -> None:
         self._principals = {key.sha256: _principal(key, auth) for key in auth.keys}
+        self._admins = {key.sha256: key.name for key in auth.admin_keys}
         self._anonymous = anonymous
 
     def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
@@ -64,27 +65,56 @@ class Keyring:
                 "This gateway has no keys, so it only answers programs on its own machine: not pages of other sites, "
                 "proxies or other host names. Add a key to its configuration (`suiron key new`)."
             )
-        scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
-        token = token.strip()
-        if not token and scheme.lower() in (b"", b"bearer"):
-            raise _refused(
-                "You didn't provide an API key. Provide it in an Authorization header using Bearer auth "
-                "(i.e. Authorization: Bearer YOUR_KEY).",
-            )
-        digest = hashlib.sha256(token).hexdigest()
+        digest = _digest_of(fields)
         principal = self._principals.get(digest)
-        if principal is None or scheme.lower() != b"bearer":
+        if principal is None:
+            if digest in self._admins:
+                raise PermissionDenied("This key is for the admin API: it cannot call models.")
             raise _refused("Incorrect API key provided.", code="invalid_api_key")
         return principal
+
+    def tenant_of(self, kind: str, name: str) -> str:
+        """Of a `key` or a `team`; raises LookupError where no key has that name, or is in that team."""
+        tenants = {principal.name if kind == "key" else principal.team: principal.tenant for principal in self._known()}
+        return tenants[name]
+
+    def _known(self) -> Iterable[Principal]:
+        return [ANONYMOUS] if self._anonymous else self._principals.values()
+
+    def authenticate_admin(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """The name of an admin's key; raises AuthenticationFailed, or PermissionDenied for a key that calls models."""
+        digest = _digest_of(joined(headers))
+        name = self._admins.get(digest)
+        if name is None:
+            if digest in self._principals:
+                raise PermissionDenied("This key is for calling models: the admin API needs one of `auth.admin_keys`.")
+            raise _refused("Incorrect API key provided.", code="invalid_api_key")
+        return name
+
+
+def _tenant(kind: str, name: str) -> str:
+    """The name of a team is no name of a key: they would meet in one cache."""
+    owner = f"tenant:{name}" if kind == "key" else f"tenant:team:{name}"
+    return hashlib.sha256(owner.encode()).hexdigest()[:32]
+
+
+def _digest_of(fields: dict[bytes, bytes]) -> str:
+    """The SHA-256 of the key that was given; empty for what is none. Raises AuthenticationFailed without any."""
+    scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
+    token = token.strip()
+    if not token and scheme.lower() in (b"", b"bearer"):
+        raise _refused(
+            "You didn't provide an API key. Provide it in an Authorization header using Bearer auth "
+            "(i.e. Authorization: Bearer YOUR_KEY).",
+        )
+    return hashlib.sha256(token).hexdigest() if scheme.lower() == b"bearer" else ""
 
 
 def _principal(key: Key, auth: Auth) -> Principal:
     groups = [auth.users.get(key.user or ""), auth.teams.get(key.team or "")]
     allowed = [holder.models for holder in (key, *groups) if holder is not None and holder.models is not None]
     models = frozenset.intersection(*map(frozenset, allowed)) if allowed else None
-    # the name of a team is no name of a key: they would meet in one cache
-    owner = f"tenant:{key.name}" if key.team is None else f"tenant:team:{key.team}"
-    tenant = hashlib.sha256(owner.encode()).hexdigest()[:32]
+    tenant = _tenant("key", key.name) if key.team is None else _tenant("team", key.team)
     return Principal(key.name, tenant, models, key.user, key.team)
 
 

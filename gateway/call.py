@@ -185,6 +185,7 @@ class Call:
     admitted_ms: int = 0  # limit: by the store's clock, in milliseconds since 1970
     cache: CacheState | Literal[""] = ""  # cache: empty where it is off; a miss pays for the generation
     hits_cost: Literal["full", "cached", "free"] = "free"  # cache: which share of the price, if it is a hit or shared
+    saved_nano: int = 0  # ledger: what it would have cost besides, in billionths of a dollar
     first_at: float | None = None  # account: when its first part arrived
     last_at: float = 0.0  # account: when its latest part did
     gaps: Tally | None = None  # account: between what arrived; None with less than two parts

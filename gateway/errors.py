@@ -28,6 +28,7 @@ What can go wrong, and what is the client told?
     + UpstreamTimeout            504
   x LimiterUnavailable           503  a limit that must hold cannot be checked
   x LedgerFull                   503  there is no room to record it
+  x CacheUnavailable             503  kept answers cannot be forgotten now
   x ShuttingDown                 503  this process is about to end
   x InternalError                500  ours
 
@@ -243,6 +244,16 @@ class LedgerFull(GatewayError):
         super().__init__(
             "This gateway cannot record any more requests until its database is back. Try again later.",
             headers={"retry-after": "5"},
+        )
+
+
+class CacheUnavailable(GatewayError):
+    status = 503
+    code = "cache_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The store of kept answers is out of reach: try again, until it is.", headers={"retry-after": "1"}
         )
 
 

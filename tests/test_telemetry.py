@@ -495,6 +495,7 @@ async def test_a_request_is_one_line_of_json(tmp_path: Path) -> None:
         "outcome": "completed",
         "error": None,
         "stream": False,
+        "cache": None,
         "ttft_ms": 2500.0,
         "total_ms": 2500.0,
         "upstream_ms": 2000.0,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from gateway.cache.flights import MAX_KEPT_BYTES, Flight
 from gateway.cache.forms import cut, merged, says_nothing_else
 from gateway.cache.question import Fingerprints, is_admitted, key_of
 from gateway.cache.track import Track
-from gateway.call import CacheState, Call
+from gateway.call import Attempt, CacheState, Call
 from gateway.errors import GatewayError, NotCached, RequestError
 from gateway.schema.endpoint import expected_choices, texts_in
 from gateway.schema.payload import Part, Parts
@@ -163,13 +163,15 @@ class Cache:
                 if track.size_bytes < MAX_KEPT_BYTES:
                     track.add(arrived)
                 yield arrived
-        self._run(self._keep(question, track))
+        self._run(self._keep(question, track, question.call.attempts))
 
-    async def _keep(self, question: "Question", track: Track) -> None:
+    async def _keep(self, question: "Question", track: Track, attempts: Sequence[Attempt]) -> None:
         """Where nothing speaks against it."""
-        policy = question.policy
-        if question.epochs is None or track.size_bytes > MAX_KEPT_BYTES or not is_whole(question.call, track):
+        policy, call = question.policy, question.call
+        if question.epochs is None or track.size_bytes > MAX_KEPT_BYTES or not is_whole(call, track):
             return
+        if attempts and attempts[-1].target.tier > lowest_tier(call):
+            return  # what only steps in for another is not to stay when that is back
         entry = entry_of(question.key, self._now(), question.epochs, track)
         packed = await asyncio.to_thread(pack, entry) if track.size_bytes > LARGE_BYTES else pack(entry)
         if len(packed) <= policy.max_entry_bytes:
@@ -217,7 +219,7 @@ class Cache:
         async def landed() -> None:
             try:
                 if flight.is_complete and not flight.borrowed:
-                    await self._keep(question, flight.track)
+                    await self._keep(question, flight.track, flight.call.attempts)
             finally:
                 if self._flights.get(question.key) is flight:
                     del self._flights[question.key]
@@ -277,7 +279,13 @@ class Cache:
         return None
 
     async def forget(self, *, model: str | None = None, tenant: str | None = None) -> None:
-        """What is kept is given no more: of a model, of a tenant, or all. Raises StoreUnavailable."""
+        """
+        What is kept is given no more: of a model, of a tenant, or all; nor is what is being generated kept.
+
+        Raises StoreUnavailable, and LookupError where there is no such model.
+        """
+        if model is not None and model not in self._models:
+            raise LookupError(model)
         scope = f"model:{model}" if model is not None else f"tenant:{tenant}" if tenant is not None else "all"
         await self._store.forget(scope)
 
@@ -328,6 +336,10 @@ def is_whole(call: Call, track: Track) -> bool:
         ends = [track.finishes.get(index) for index in range(expected_choices(call.request.value))]
         return WHOLE.issuperset(ends)
     return len(track.part(0).value.data) == texts_in(call.request.value.input)
+
+
+def lowest_tier(call: Call) -> int:
+    return 0 if call.model is None else min(target.tier for target in call.model.targets)
 
 
 def told(call: Call, track: Track) -> Iterator[Parts]:

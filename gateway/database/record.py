@@ -22,7 +22,8 @@ class UsageRecord(Struct, gc=False, array_like=True):
     the moment of admission; they and the cost are None where the model has none. `charged_tokens` are what counts
     against quotas: not those of an answer from the cache that costs nothing. `usage_source` says who counted: the
     upstream; we, what has arrived; or nobody, and it is an estimate. `abandoned` is what a crash left under way.
-    Times are milliseconds, since 1970 or since the request. `attempts` is JSON, one object for each target tried.
+    `saved_nano` is what it would have cost besides, had the cache not known it. Times are milliseconds, since 1970 or
+    since the request. `attempts` is JSON, one object for each target tried.
     """
 
     request_id: str
@@ -50,6 +51,7 @@ class UsageRecord(Struct, gc=False, array_like=True):
     total_ms: int = 0
     cache: Hit = ""
     attempts: str = "[]"
+    saved_nano: int = 0
 
     @property
     def prices(self) -> Prices | None:

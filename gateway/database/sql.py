@@ -54,6 +54,7 @@ def _summed(insert: Any) -> Insert:
         "requests": func.count(),
         "cost_nano": func.coalesce(func.sum(usage.c.cost_nano), 0),
         "unpriced": func.sum(case((usage.c.cost_nano.is_(None), 1), else_=0)),
+        "hits": func.sum(case((usage.c.cache.in_(("hit", "shared")), 1), else_=0)),
     }
     sums = [counts[name] if name in counts else func.sum(usage.c[name]) for name in SUMS]
     keys = [hour.label(KEYS[0]), *(usage.c[name] for name in KEYS[1:])]

@@ -39,6 +39,7 @@ usage = Table(
     Column("total_ms", Whole, nullable=False),
     Column("cache", Text, nullable=False),
     Column("attempts", Text, nullable=False),
+    Column("saved_nano", Whole, nullable=False, server_default="0"),
     sqlite_strict=True,
     sqlite_autoincrement=True,
 )
@@ -46,7 +47,8 @@ usage = Table(
 
 KEYS = ("hour", "key_name", "user_name", "team_name", "model", "target", "outcome")
 SUMS = (
-    "requests prompt_tokens cached_tokens completion_tokens reasoning_tokens charged_tokens cost_nano unpriced"
+    "requests prompt_tokens cached_tokens completion_tokens reasoning_tokens charged_tokens cost_nano unpriced "
+    "hits saved_nano"
 ).split()
 
 usage_hour = Table(
@@ -54,11 +56,15 @@ usage_hour = Table(
     metadata,
     Column("hour", Whole, nullable=False),
     *(Column(name, Text, nullable=False) for name in KEYS[1:]),
-    *(Column(name, Whole, nullable=False) for name in SUMS),
+    *(Column(name, Whole, nullable=False) for name in SUMS[:-2]),
+    *(Column(name, Whole, nullable=False, server_default="0") for name in SUMS[-2:]),
     PrimaryKeyConstraint(*KEYS),
     Index("usage_hour_of_key", "key_name", "hour"),
     Index("usage_hour_of_user", "user_name", "hour"),
     Index("usage_hour_of_team", "team_name", "hour"),
     sqlite_strict=True,
 )
-"""The sums of each hour: its start, in seconds since 1970. `unpriced` are requests without a cost."""
+"""
+The sums of each hour: its start, in seconds since 1970. `unpriced` are requests without a cost, `hits` those that the
+cache answered.
+"""

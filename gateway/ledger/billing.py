@@ -55,6 +55,7 @@ def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> Usag
         _count_in(record, usage)
         record.usage_source = "counted" if call.reckoned else "upstream"
     _charge(record, call.hits_cost if hit else "full")
+    call.saved_nano = record.saved_nano
     return record
 
 
@@ -75,7 +76,13 @@ def _charge(record: UsageRecord, share: str) -> None:
         prompt, cached, completion = (prompt, prompt, 0) if share == "cached" else (0, 0, 0)
     record.charged_tokens = prompt + completion
     prices = record.prices
-    record.cost_nano = None if prices is None else prices.cost_nano(prompt, cached, completion)
+    if prices is None:
+        record.cost_nano = None
+        return
+    record.cost_nano = prices.cost_nano(prompt, cached, completion)
+    if share != "full":
+        whole = prices.cost_nano(record.prompt_tokens, record.cached_tokens, record.completion_tokens)
+        record.saved_nano = max(0, whole - record.cost_nano)
 
 
 def a_count(tokens: int) -> int:

@@ -59,6 +59,8 @@ class Telemetry:
         self.metrics.over(record, call.gaps, None if estimate is None else estimate.tokens)
         if call.limits_hit:
             self.metrics.limited(call.limits_hit)
+        if call.cache:
+            self.metrics.looked_up(record.model, call.principal.name, call.cache, call.saved_nano)
         if call.degraded:
             self.metrics.degraded.inc()
         for attempt in call.attempts:
@@ -130,6 +132,7 @@ class Telemetry:
             outcome=outcome,
             error=None if error is None else kind_of(error),
             stream=call.streamed,
+            cache=call.cache or None,
             ttft_ms=None if first_at is None else int((first_at - started) * 1e6) / 1e3,
             total_ms=int((self.clock() - started) * 1e6) / 1e3,
             upstream_ms=None if upstream_s is None else int(upstream_s * 1e6) / 1e3,

@@ -136,6 +136,7 @@ class Metrics:
         self._series: dict[tuple[str, str], _Series] = {}
         self._flying: dict[str, int] = {}
         self._limits: dict[tuple[str, str], int] = {}
+        self._cached: dict[tuple[str, str, str], tuple[int, int]] = {}
         self._watched: list[_Watched] = []
 
         both = ("model", "target")
@@ -231,6 +232,18 @@ class Metrics:
             "Requests admitted or refused while the store was out of reach.",
             registry=registry,
         )
+        self.cached = Counter(
+            "suiron_cache_requests",
+            "Requests to models that keep answers: hit, shared, miss, or bypass.",
+            ("model", "key", "result"),
+            registry=registry,
+        )
+        self.saved = Counter(
+            "suiron_cache_saved_usd",
+            "What hits and shared answers would have cost besides.",
+            ("model", "key"),
+            registry=registry,
+        )
         self.lag = Distribution(
             "suiron_event_loop_lag_seconds",
             "How late the event loop is, four times a second.",
@@ -267,6 +280,11 @@ class Metrics:
         for limit in hit:
             self._limits[limit] = self._limits.get(limit, 0) + 1
 
+    def looked_up(self, model: str, key: str, result: str, saved_nano: int) -> None:
+        """A request has been through the cache."""
+        number, saved = self._cached.get((model, key, result), (0, 0))
+        self._cached[model, key, result] = (number + 1, saved + saved_nano)
+
     def watch(self, part: str, counts: Any) -> None:
         """From now on tell of *counts*, a dataclass of plain numbers."""
         self._watched.append(_Watched(part, counts, self._registry))
@@ -299,6 +317,11 @@ class Metrics:
         limits, self._limits = self._limits, {}
         for (limit, result), number in limits.items():
             self.limits.labels(limit, result).inc(number)
+        cached, self._cached = self._cached, {}
+        for (model, key, result), (number, saved_nano) in cached.items():
+            self.cached.labels(model, key, result).inc(number)
+            if saved_nano:
+                self.saved.labels(model, key).inc(saved_nano / 1e9)
         over, self._over = self._over, {}
         for (model, target, status, outcome), number in over.items():
             self.requests.labels(model, target or NONE, status or NONE, outcome).inc(number)

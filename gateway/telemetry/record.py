@@ -47,6 +47,7 @@ class Record(Struct, gc=False, kw_only=True, tag_field="event", tag="request"):
     outcome: Outcome
     error: str | None = None
     stream: bool = False
+    cache: str | None = None
     ttft_ms: float | None = None
     total_ms: float
     upstream_ms: float | None = None

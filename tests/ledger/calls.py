@@ -60,7 +60,8 @@ def ask(folder: Path, question: str) -> list[sqlite3.Row]:
 
 SUMS = """
     count(*), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), sum(reasoning_tokens),
-    sum(charged_tokens), coalesce(sum(cost_nano), 0), sum(cost_nano IS NULL)
+    sum(charged_tokens), coalesce(sum(cost_nano), 0), sum(cost_nano IS NULL),
+    sum(CASE WHEN cache IN ('hit', 'shared') THEN 1 ELSE 0 END), sum(saved_nano)
 """
 DIFFERENCE = f"""
     WITH summed AS (

@@ -64,6 +64,7 @@ async def test_a_completed_request_is_one_row_with_everything_about_it_but_its_c
         "cost_nano": 60 * 2000 + 40 * 500 + 50 * 6000,
         "cache": "",
         "attempts": '[{"target":"up/model-1","ms":0}]',
+        "saved_nano": 0,
     }
 
 

@@ -1,0 +1,109 @@
+"""What does an answer cost that was not generated for who gets it, and who is told?"""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.errors import Overloaded
+from gateway.ledger import open_ledger
+from gateway.settings import Caching, Database, Limits, Model, Prices, Settings, Target, Upstream
+from tests.cache.conftest import STREAM, both, settings_with
+from tests.cache.test_flights import Stepwise, reading
+from tests.house import HELLO, House, ScriptedAdapter, running
+
+pytestmark = pytest.mark.anyio
+
+PRICES = Prices(input=1.0, cached_input=0.1, output=2.0)
+FULL, CACHED = 3 * 1000 + 2 * 2000, 3 * 100
+"""Of three tokens asked and two said, in billionths of a dollar."""
+
+
+def priced(caching: Caching, **limits: Any) -> Settings:
+    model = Model(
+        targets=[Target(upstream="one", model="model-1")], cache=caching, prices=PRICES, limits=Limits(**limits)
+    )
+    base = settings_with()
+    return Settings(auth=base.auth, upstreams=base.upstreams, models={"smart": model})
+
+
+@asynccontextmanager
+async def billing(settings: Settings, folder: Path, adapter: ScriptedAdapter) -> AsyncIterator[House]:
+    ledger = await asyncio.to_thread(open_ledger, Database(url=f"sqlite:///{folder}/ledger.db", journal=str(folder)))
+    async with running(settings, {"one": adapter}, ledger=ledger) as house:
+        yield house
+
+
+def rows(folder: Path, columns: str = "cache, outcome, charged_tokens, cost_nano, saved_nano") -> list[Any]:
+    with sqlite3.connect(folder / "ledger.db") as database:
+        return database.execute(f"SELECT {columns} FROM usage ORDER BY started_ms, seq").fetchall()
+
+
+@pytest.mark.parametrize(("share", "charged", "cost"), [("full", 5, FULL), ("cached", 3, CACHED), ("free", 0, 0)])
+async def test_a_hit_costs_all_the_price_of_cached_input_or_nothing(
+    tmp_path: Path, share: Any, charged: int, cost: int
+) -> None:
+    async with billing(priced(Caching(mode="all", hits_cost=share)), tmp_path, both()) as house:
+        for _ in range(2):
+            assert (await house.post(STREAM)).status_code == 200
+        text = (await house.http.get(f"{house.url}/metrics")).text
+    assert rows(tmp_path) == [
+        ("miss", "completed", 5, FULL, 0),
+        ("hit", "cached", charged, cost, FULL - cost),
+    ]
+    assert rows(tmp_path, "prompt_tokens, completion_tokens") == [(3, 2), (3, 2)]
+    with sqlite3.connect(tmp_path / "ledger.db") as database:
+        sums = database.execute("SELECT sum(requests), sum(hits), sum(saved_nano) FROM usage_hour").fetchone()
+    assert sums == (2, 1, FULL - cost)
+    for result in ("miss", "hit"):
+        assert f'suiron_cache_requests_total{{key="alice",model="smart",result="{result}"}} 1.0' in text
+    if saved := FULL - cost:
+        assert f'suiron_cache_saved_usd_total{{key="alice",model="smart"}} {saved / 1e9}' in text
+
+
+async def test_of_those_who_share_one_pays_and_another_when_that_one_leaves(tmp_path: Path) -> None:
+    adapter = Stepwise()
+    adapter.go(1)
+    async with billing(priced(Caching(mode="all")), tmp_path, adapter) as house:
+        async with reading(house) as first:
+            adapter.go(3)
+            await first.until('"content":"e"')
+            others = [asyncio.create_task(house.post(STREAM)) for _ in range(2)]
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)
+        adapter.go()
+        assert [(await other).headers["x-suiron-cache"] for other in others] == ["shared", "shared"]
+    assert adapter.calls == 1
+    told = rows(tmp_path, "outcome, cache, target, cost_nano")
+    left = [row for row in told if row[0] == "client_gone"]
+    assert [row[1:3] for row in left] == [("miss", "one/model-1")]
+    assert sorted(row[1:] for row in told if row[0] != "client_gone") == [
+        ("miss", "one/model-1", FULL),
+        ("shared", "", 0),
+    ]
+
+
+async def test_hits_count_against_limits_of_requests(tmp_path: Path) -> None:
+    settings = priced(Caching(mode="all"), requests_per_minute=3)
+    async with billing(settings, tmp_path, both()) as house:
+        statuses = [(await house.post(HELLO)).status_code for _ in range(4)]
+    assert statuses == [200, 200, 200, 429]
+
+
+async def test_what_stands_in_for_another_target_is_not_kept() -> None:
+    first, second = ScriptedAdapter(Overloaded("full")), both()
+    targets = [Target(upstream="one"), Target(upstream="two", tier=1)]
+    base = settings_with()
+    settings = Settings(
+        auth=base.auth,
+        upstreams={name: Upstream(adapter="scripted") for name in ("one", "two")},
+        models={"smart": Model(targets=targets, cache=Caching(mode="all"))},
+    )
+    async with running(settings, {"one": first, "two": second}) as house:
+        for _ in range(2):
+            assert (await house.post(HELLO)).headers["x-suiron-cache"] == "miss"
+    assert second.calls == 2
