@@ -295,7 +295,7 @@ def test_several_that_start_at_once_migrate_once(database: PostgresDatabase) -> 
         each.close()
 
     assert failed == []
-    assert database.ask("SELECT version_num FROM suiron_version") == [("0001",)]
+    assert database.ask("SELECT version_num FROM suiron_version") == [("0002",)]
 
 
 def test_tables_of_a_newer_version_are_refused(database: PostgresDatabase) -> None:

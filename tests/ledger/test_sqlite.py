@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_a_full_disk_holds_up_rows_then_refuses_requests_and_recovers_by_itself(
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     assert done.returncode == 0, done.stderr
-    assert "the database takes no records (512 are waiting): disk I/O error" in done.stderr
+    assert re.search(r"the database takes no records \(\d+ are waiting\): disk I/O error", done.stderr)
     assert json.loads(done.stdout) == {"taken": 512, "written": 1}
     assert len(rows_at(tmp_path)) == 514
     assert ask(tmp_path, DIFFERENCE) == []
@@ -154,7 +155,7 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     open_ledger(sqlite_at(tmp_path)).close()
     other_program(tmp_path / "ledger.db", "UPDATE suiron_version SET version_num = '0999'")
 
-    with pytest.raises(SettingsError, match=r"newer Suiron \(its tables are at 0999, this one knows 0001\)"):
+    with pytest.raises(SettingsError, match=r"newer Suiron \(its tables are at 0999, this one knows 0002\)"):
         open_ledger(sqlite_at(tmp_path))
 
 
