@@ -10,7 +10,6 @@ import importlib
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -346,10 +345,13 @@ class HTTPAdapter:
                 answer_headers = await self._refuse(response, streamed)
                 if streamed:
                     events = _Events(response, patience, dispatch.timeouts.idle_s)
-                    async with aclosing(self.decode_stream(endpoint, request, events)) as parts:
+                    parts = self.decode_stream(endpoint, request, events)
+                    try:
                         async for arrived in parts:
                             events.begun = events.begun or any(speaks(part.value) for part in arrived)
                             yield arrived
+                    finally:
+                        await parts.aclose()
                 else:
                     part = self.decode(endpoint, request, await _read(response, MAX_BODY_BYTES))
                     part.usage = self.decode_usage(answer_headers) or part.usage

@@ -57,7 +57,10 @@ class Keyring:
 
     def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
         """The caller; raises AuthenticationFailed, always with the same words for a key that is not right."""
-        fields = joined(headers)
+        return self.identify(joined(headers))
+
+    def identify(self, fields: dict[bytes, bytes]) -> Principal:
+        """The same, from headers that are joined already."""
         if self._anonymous:
             if is_local_call(fields):
                 return ANONYMOUS

@@ -4,10 +4,9 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from gateway.auth import Principal
 from gateway.database.record import UsageRecord
@@ -23,8 +22,7 @@ CacheState = Literal["hit", "miss", "shared", "bypass"]
 """Where an answer came from: `shared` is another call's generation; `bypass`, one that may not be kept."""
 
 
-@dataclass(slots=True)
-class Attempt:
+class Attempt(Struct, eq=False):
     """
     One target's chance to answer, on the call's clock.
 
@@ -85,22 +83,29 @@ class Heard:
     def __init__(self) -> None:
         self.pieces = self.text_bytes = self.counted_bytes = 0
 
-    def add(self, parts: Parts) -> None:
+    def add(self, parts: Parts) -> Usage | None:
+        """Also says what an upstream has counted by now, if one of *parts* tells."""
+        told = None
         for part in parts:
-            if part.usage is None or self.pieces:
-                if part.text:
-                    self._hear(len(part.text))  # as it is written, so that it need not be decoded for this
-                else:
-                    for choice in getattr(part.value, "choices", ()):
-                        text = _said(choice)
-                        self._hear(len(text) if text.isascii() else len(text.encode(errors="surrogatepass")))
-            if part.usage is not None and self.pieces:
-                self.counted_bytes += self.text_bytes
-                self.pieces = self.text_bytes = 0
+            text, usage = part.text, part.usage
+            if text is not None and b"\\" not in text:  # JSON writes it as it is
+                self.pieces += text != b""
+                self.text_bytes += len(text)
+                continue
+            if usage is None or self.pieces:
+                self._listen(part.value)
+            if usage is not None:
+                told = usage
+                if self.pieces:
+                    self.counted_bytes += self.text_bytes
+                    self.pieces = self.text_bytes = 0
+        return told
 
-    def _hear(self, size: int) -> None:
-        self.pieces += size > 0
-        self.text_bytes += size
+    def _listen(self, value: Any) -> None:
+        for choice in getattr(value, "choices", ()):
+            if text := _said(choice):
+                self.pieces += 1
+                self.text_bytes += len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def _said(choice: Any) -> str:
@@ -144,15 +149,15 @@ class Trace(Protocol):
 class Entry(Protocol):
     """The call's place in the ledger: opened before anything is spent, closed once, with what ended the call."""
 
-    intent: bytes
+    @property
+    def intent(self) -> bytes: ...
 
     def close(self, exc: BaseException | None) -> UsageRecord | None:
         """The record; None where there is nothing to record."""
         ...
 
 
-@dataclass(slots=True)
-class Call:
+class Call(Struct, eq=False):
     """The one mutable thing: each stage of the pipeline writes its own fields; adapters never see it."""
 
     endpoint: Endpoint
@@ -160,7 +165,7 @@ class Call:
     request: Payload[Any]
     unknown: set[str]
     """Top-level members that OpenAI does not know."""
-    id: str = field(default_factory=lambda: f"{random.getrandbits(128):032x}")  # names, and guards nothing
+    id: str = field(default_factory=lambda: random.randbytes(16).hex())  # names, and guards nothing
     created: int = field(default_factory=lambda: int(time.time()))
     given_id: str | None = None
     """What the client calls it, if that is fit to be repeated; upstreams never see it."""
@@ -220,7 +225,6 @@ class Call:
                 self.gaps = Tally(GAPS_S)
             self.gaps.add(now - self.last_at)
         self.last_at = now
-        self.heard.add(parts)
-        for part in parts:
-            if part.usage is not None:
-                self.usage = part.usage
+        usage = self.heard.add(parts)
+        if usage is not None:
+            self.usage = usage

@@ -376,6 +376,7 @@ class Exchange:
         self.is_gone = False
         self.is_started = False
         self.is_complete = False
+        self.loop = connection.loop
         self._connection = connection
         self._blocks: list[bytes] = []
         self._waiting_bytes = 0

@@ -8,11 +8,12 @@ class Interrupt:
     Cancels the task that made it, for a reason that it keeps.
 
     What `asyncio.timeout` does, without its context manager: for waits that nearly always end at once, a timer that
-    rings it costs a third as much. Holds the event loop too, since asking for it is a system call in Python 3.11.
+    rings it costs a third as much. Holds the event loop too, since asking for it is a system call in Python 3.11:
+    where it is known, it should be given.
     """
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self.loop = loop or asyncio.get_running_loop()
         self._task = asyncio.current_task(self.loop)
         self._reason: object = None
 

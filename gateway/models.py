@@ -23,15 +23,15 @@ class Target:
     tier: int = 0
     weight: float = 1.0
     max_in_flight: int | None = None
+    label: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", f"{self.upstream}/{self.model}")  # asked for often; it is frozen
 
     def can(self, feature: str) -> bool:
         """Whether nothing is known to the contrary."""
         features = getattr(self.adapter, "features", None)
         return features is None or getattr(features(self.model), feature) is not False
-
-    @property
-    def label(self) -> str:
-        return f"{self.upstream}/{self.model}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 
 from gateway.auth import Principal
 from gateway.cache import Cache
@@ -43,11 +42,13 @@ class Pipeline:
         call.entry = self._ledger.entry(call)
         if costs is not None:
             await self._limiter.admit(call, costs)
-        answered = self._cache.through(call, lambda generation: self._router.answer(generation, targets))
-        async with aclosing(answered) as parts:
+        parts = self._cache.through(call, lambda generation: self._router.answer(generation, targets))
+        try:
             async for arrived in parts:
                 call.arrived(arrived)
                 yield arrived
+        finally:
+            await parts.aclose()
 
     def check_model(self, name: str, principal: Principal) -> None:
         """Raises ModelNotFound."""

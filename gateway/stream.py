@@ -13,7 +13,6 @@ chunks and of the nulls that stay: OpenAI's OpenAPI description.
 """
 
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -42,7 +41,7 @@ async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[P
     """The parts of one answer as this client may see them; raises UpstreamFailed where the answer is not whole."""
     if call.endpoint.streams and call.request.value.stop:
         parts = cut_at_stops(call, parts, expected_choices(call.request.value))
-    async with aclosing(parts):
+    try:
         if not call.endpoint.streams or not call.request.value.stream:
             async for arrived in parts:
                 yield [whole(call, arrived[0])]
@@ -53,6 +52,8 @@ async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[P
                 yield rewritten
         if last := chunks.end():
             yield last
+    finally:
+        await parts.aclose()
 
 
 # A whole answer.
@@ -217,7 +218,9 @@ class Chunks:
         """The chunk, if it differs from the last one that was rebuilt in nothing but its text; else None."""
         if self._theirs is None:
             return None
-        text = part.text if part.mould is self._theirs else self._theirs.text_of(part.wire)
+        text = part.text if part.mould is self._theirs else None
+        if text is None:
+            text = self._theirs.text_of(part.wire)
         return None if text is None else self._before + text + self._after
 
     def rebuilt(self, part: Part[Any]) -> Iterator[Part[Any]]:

@@ -99,6 +99,8 @@ class Response(httpx2.Response):
     default_encoding = "utf-8"
     _num_bytes_downloaded = 0
 
+    stream: "_Exchange"
+
     def __init__(self, status: int, raw_headers: RawHeaders, exchange: "_Exchange", request: httpx2.Request) -> None:
         self.status_code = status
         self.raw_headers = raw_headers
@@ -110,6 +112,11 @@ class Response(httpx2.Response):
     @cached_property
     def headers(self) -> httpx2.Headers:  # type: ignore[override]
         return httpx2.Headers(list(self.raw_headers))
+
+    async def aclose(self) -> None:
+        """Without httpx2's context that names the request in an error: there is none."""
+        self.is_closed = True
+        await self.stream.aclose()
 
 
 def _origin(request: httpx2.Request) -> _Origin:
@@ -689,7 +696,8 @@ class _Exchange(httpx2.AsyncByteStream):
         return self._status == 0 and self._connection is not None
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        assert self._connection is not None  # or there were nothing to wait for
+        self._waiter = self._connection.loop.create_future()
         try:
             await self._waiter
         finally:

@@ -126,7 +126,10 @@ async def test_what_is_no_http_is_answered_after_the_requests_before_it_and_is_t
 
 async def test_a_pipelined_client_that_leaves_frees_the_upstream() -> None:
     never = asyncio.Event()
-    async with upstream(stream_reply(chunk(ROLE), never)) as server, running(settings_for(server.settings())) as house:
+    async with (
+        upstream(stream_reply(chunk({**ROLE, "content": "Hi"}), never)) as server,
+        running(settings_for(server.settings())) as house,
+    ):
         async with connected(house.port) as (reader, writer):
             writer.write(asking(stream=True))
             await reader.readuntil(b"assistant")
@@ -322,7 +325,10 @@ async def test_headers_below_the_limit_are_taken_whatever_the_size_of_the_body(h
 
 async def test_a_half_closed_connection_counts_as_left() -> None:
     never = asyncio.Event()
-    async with upstream(stream_reply(chunk(ROLE), never)) as server, running(settings_for(server.settings())) as house:
+    async with (
+        upstream(stream_reply(chunk({**ROLE, "content": "Hi"}), never)) as server,
+        running(settings_for(server.settings())) as house,
+    ):
         reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
         writer.write(asking(stream=True))
         await reader.readuntil(b"assistant")

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from types import TracebackType
 from typing import Any
 
@@ -62,27 +61,27 @@ class Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with Hangup(self._call, client_of(scope), self.interrupt):
-            async with aclosing(self.parts):
-                if self._call.streamed:
-                    await _Stream(self, send).run()
-                    return
-                try:
-                    body = await self.whole()
-                except GatewayError as exc:
-                    error = exc
-                except Exception as exc:
-                    error = unexpected(exc)
-                else:
-                    await send(self.start([JSON, (b"content-length", str(len(body)).encode())]))
-                    await send({"type": "http.response.body", "body": body, "more_body": False})
-                    self.completed()
-                    return
-            await self.refuse(error, send)
+            await (_Stream(self, send).run() if self._call.streamed else self._send_whole(send))
 
-    async def whole(self) -> bytes:
-        with self.shutdown.running(self.interrupt):
-            arrived = await anext(self.parts)
-            await anext(self.parts, None)  # the pipeline ends behind its last part
+    async def _send_whole(self, send: Send) -> None:
+        try:
+            body = await self._whole()
+        except GatewayError as exc:
+            await self.refuse(exc, send)
+        except Exception as exc:
+            await self.refuse(unexpected(exc), send)
+        else:
+            await send(self.start([JSON, (b"content-length", b"%d" % len(body))]))
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+            self.completed()
+
+    async def _whole(self) -> bytes:
+        try:
+            with self.shutdown.running(self.interrupt):
+                arrived = await anext(self.parts)
+                await anext(self.parts, None)  # the pipeline ends behind its last part
+        finally:
+            await self.parts.aclose()
         return bytes(arrived[0].wire)
 
     def start(self, headers: Headers) -> Any:
@@ -142,6 +141,7 @@ class _Stream:
         except Exception as exc:
             await self._fail(unexpected(exc))
         finally:
+            await self._answer.parts.aclose()
             self._timer.cancel()
             if self._beat is not None:
                 self._beat.cancel()

@@ -1,10 +1,11 @@
 """How is a request's body taken in: bounded in size and time?"""
 
 import asyncio
+from collections.abc import Mapping
 
-from litestar.types import Receive, Scope
+from litestar.types import Receive
 
-from gateway.api.client import client_of
+from gateway.api.client import Client
 from gateway.errors import BodyTooLarge, InvalidRequest, RequestTimeout
 from gateway.interrupt import Interrupt
 from gateway.settings import Server
@@ -12,12 +13,14 @@ from gateway.settings import Server
 CLOSE = {"connection": "close"}
 
 
-async def read_body(scope: Scope, receive: Receive, server: Server, interrupt: Interrupt) -> bytes:
+async def read_body(
+    fields: Mapping[bytes, bytes], client: Client, receive: Receive, server: Server, interrupt: Interrupt
+) -> bytes:
     """Raises BodyTooLarge, whether the length is declared or not; RequestTimeout; InvalidRequest for another type."""
-    declared = _declared(scope)
+    declared = _declared(fields)
     if declared > server.max_body_bytes:
         raise _too_large(server)
-    if (body := client_of(scope).body()) is not None:
+    if (body := client.body()) is not None:
         if len(body) > server.max_body_bytes:
             raise _too_large(server)
         return body
@@ -47,20 +50,16 @@ async def _read(receive: Receive, server: Server) -> bytes:
             return b"".join(blocks)
 
 
-def _declared(scope: Scope) -> int:
+def _declared(fields: Mapping[bytes, bytes]) -> int:
     """The Content-Length, 0 without one; raises InvalidRequest unless the type is JSON."""
-    length, content_type = 0, b""
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            length = int(value[:20]) if value.isdigit() else 0
-        elif name == b"content-type":
-            content_type = value
-    if content_type.partition(b";")[0].strip().lower() != b"application/json":
+    content_type = fields.get(b"content-type", b"")
+    if content_type != b"application/json" and content_type.partition(b";")[0].strip().lower() != b"application/json":
         shown = content_type.decode("ascii", "replace")[:100]
         raise InvalidRequest(
             f"Unsupported content type: '{shown}'. This API takes 'application/json'.", code="unsupported_content_type"
         )
-    return length
+    length = fields.get(b"content-length", b"")
+    return int(length[:20]) if length.isdigit() else 0
 
 
 def _too_large(server: Server) -> BodyTooLarge:

@@ -1,5 +1,6 @@
 """What does our server know of a client beyond what ASGI tells?"""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -7,6 +8,9 @@ CLIENT = "suiron.client"
 
 
 class Client(Protocol):
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+
     def body(self) -> bytes | None:
         """The request's body if all of it is here, which saves a wait; it is then read."""
         ...
@@ -18,6 +22,10 @@ class Client(Protocol):
 
 class _Stranger:
     """The client of a server that is not ours, such as a test's: nothing more is known of it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
 
     def body(self) -> bytes | None:
         return None

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from litestar import Request
@@ -33,10 +33,12 @@ CLEAN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 Headers = list[tuple[bytes, bytes]]
 
 
-def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+def request_id_of(fields: Mapping[bytes, bytes]) -> str | None:
     """The id that the client gave its request, if it is fit to be repeated."""
-    given = {name: value for name, value in headers if name in ID_HEADERS}
-    return next((given[name].decode() for name in ID_HEADERS if CLEAN_ID.fullmatch(given.get(name, b""))), None)
+    for name in ID_HEADERS:
+        if name in fields and CLEAN_ID.fullmatch(fields[name]):
+            return fields[name].decode()
+    return None
 
 
 class ErrorResponse:
@@ -54,7 +56,7 @@ class ErrorResponse:
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._request_id = self._request_id or request_id_of(scope["headers"])
+        self._request_id = self._request_id or request_id_of(dict(scope["headers"]))
         await self.send(send, receive)
 
     def parts(self) -> tuple[int, Headers, bytes]:

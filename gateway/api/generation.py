@@ -8,9 +8,10 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.answer import Answer
 from gateway.api.body import read_body
+from gateway.api.client import client_of
 from gateway.api.errors import ErrorResponse, request_id_of, unexpected
 from gateway.api.shutdown import Shutdown
-from gateway.auth import Keyring, Principal
+from gateway.auth import Keyring, Principal, joined
 from gateway.call import Call
 from gateway.errors import GatewayError, InvalidRequest, MalformedBody, MethodNotAllowed
 from gateway.interrupt import Interrupt
@@ -31,12 +32,13 @@ def generation_apps(
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             started = clock()
             principal: Principal | None = None
-            interrupt = Interrupt()
+            fields, client = joined(scope["headers"]), client_of(scope)
+            interrupt = Interrupt(client.loop)
             try:
                 if scope["method"] != "POST":  # type: ignore[typeddict-item]
                     raise MethodNotAllowed("Only POST is allowed here.", headers={"allow": "POST"})
-                principal = keyring.authenticate(scope["headers"])
-                body = await read_body(scope, receive, server, interrupt)
+                principal = keyring.identify(fields)
+                body = await read_body(fields, client, receive, server, interrupt)
                 started = clock()
                 try:
                     payload, unknown = read_request(endpoint, body)
@@ -50,12 +52,19 @@ def generation_apps(
                 error = exc if isinstance(exc, GatewayError) else unexpected(exc)
                 request_id = f"req_{secrets.token_hex(16)}"
                 telemetry.refuse(endpoint, request_id, None if principal is None else principal.name, started, error)
-                await ErrorResponse(error, request_id_of(scope["headers"]) or request_id)(scope, receive, send)
+                await ErrorResponse(error, request_id_of(fields) or request_id)(scope, receive, send)
                 return
-            given_id = request_id_of(scope["headers"])
-            call = Call(endpoint, principal, payload, unknown, given_id=given_id, clock=clock, started=started)
-            call.cache_control = b",".join([value for name, value in scope["headers"] if name == b"cache-control"])
-            telemetry.begin(call, scope["headers"])
+            call = Call(
+                endpoint,
+                principal,
+                payload,
+                unknown,
+                given_id=request_id_of(fields),
+                cache_control=fields.get(b"cache-control", b""),
+                clock=clock,
+                started=started,
+            )
+            telemetry.begin(call, fields.items())
             try:
                 await Answer(call, pipeline.answer(call), server, interrupt, shutdown)(scope, receive, send)
             finally:

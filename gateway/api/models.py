@@ -36,7 +36,7 @@ def _entry(model: Model) -> dict[str, Any]:
 
 def _json(document: dict[str, Any], asked_with: Iterable[tuple[bytes, bytes]]) -> Response[bytes]:
     headers = {
-        "x-request-id": request_id_of(asked_with) or f"req_{secrets.token_hex(16)}",
+        "x-request-id": request_id_of(dict(asked_with)) or f"req_{secrets.token_hex(16)}",
         "openai-version": "2020-10-01",
         "openai-processing-ms": "0",  # a lookup in memory
     }

@@ -76,9 +76,9 @@ class Ledger:
     def entry(self, call: Call) -> "Entry":
         """To be opened before anything is spent; see `Entry`. Raises LedgerFull: nothing may be dispatched then."""
         record = intended(call, self._now_ms())
-        intent = encode(record)
         if self._journal is None:
-            return Entry(self, call, record, intent, 0)
+            return Entry(self, call, record, None, 0)
+        intent = encode(record)
         if len(intent) > MAX_INTENT:
             intent = encode(shortened(record, MAX_INTENT))
         try:
@@ -247,16 +247,23 @@ class Entry:
     `intent` goes into the reservation. Who needs the record before it is posted calls `close` with what ended the call.
     """
 
-    __slots__ = ("_ledger", "_record", "call", "closed", "intent", "slot")
+    __slots__ = ("_intent", "_ledger", "_record", "call", "closed", "slot")
 
-    def __init__(self, ledger: Ledger, call: Call, record: UsageRecord, intent: bytes, slot: int) -> None:
+    def __init__(self, ledger: Ledger, call: Call, record: UsageRecord, intent: bytes | None, slot: int) -> None:
         self._ledger = ledger
         self._record = record
         self.call = call
-        self.intent = intent
+        self._intent = intent
         self.slot = slot
         self.closed = False
         ledger.under_way.add(self)
+
+    @property
+    def intent(self) -> bytes:
+        """As it was when the entry was opened; to be asked for before it is closed."""
+        if self._intent is None:
+            self._intent = encode(self._record)
+        return self._intent
 
     @property
     def request_id(self) -> str:

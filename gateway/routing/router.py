@@ -5,7 +5,6 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
@@ -96,16 +95,16 @@ class Router:
             while attempt := passage.next():
                 verb = getattr(attempt.target.adapter, call.endpoint.verb)
                 held: Parts = []
+                parts = verb(call.request, self._dispatch(call, attempt, passage.deadline))
                 try:
-                    async with aclosing(verb(call.request, self._dispatch(call, attempt, passage.deadline))) as parts:
-                        async for arrived in parts:
-                            if not attempt.answered:
-                                held += arrived
-                                if len(held) < MAX_HELD and not any(speaks(part.value) for part in arrived):
-                                    continue
-                                passage.answered()
-                                arrived, held = held, []
-                            yield arrived
+                    async for arrived in parts:
+                        if not attempt.answered:
+                            held += arrived
+                            if len(held) < MAX_HELD and not any(speaks(part.value) for part in arrived):
+                                continue
+                            passage.answered()
+                            arrived, held = held, []
+                        yield arrived
                     if not attempt.answered:
                         raise UpstreamFailed("The upstream ended its answer before it began.")
                     return
@@ -113,6 +112,7 @@ class Router:
                     attempt.usage = _usage_of(held)
                     pause_s = passage.failed(exc)
                 finally:
+                    await parts.aclose()
                     passage.ended()
                 if pause_s:
                     await self.sleep(pause_s)

@@ -41,15 +41,15 @@ class Part(Struct, Generic[T], gc=False):
     A completion, or one chunk of a stream, in OpenAI's shape.
 
     `usage` is cumulative over the answer so far and private: set by the dialect whenever it knows, so that an answer
-    cut short is billed rightly; it is never written to the client as such. Where a chunk has a `mould`, it came as that
-    filled with `text`, and may not have been decoded yet.
+    cut short is billed rightly; it is never written to the client as such. Where a chunk has a `mould`, it came as
+    that, filled; of one that was not decoded, `text` is what it is filled with, as JSON writes it.
     """
 
     _value: T | msgspec.json.Decoder[T]
     wire: bytes
     usage: Usage | None = None
     mould: Mould | None = None
-    text: bytes = b""
+    text: bytes | None = None
 
     @property
     def value(self) -> T:
