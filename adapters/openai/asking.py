@@ -9,6 +9,7 @@ from adapters.openai.options import Switches
 from gateway.errors import InvalidRequest
 from gateway.schema.chat import ChatRequest
 from gateway.schema.common import INT64, Object
+from gateway.schema.completions import DEFAULT_MAX_TOKENS
 from gateway.schema.endpoint import CHAT, Endpoint
 from gateway.schema.payload import Payload
 
@@ -65,6 +66,10 @@ def write(fields: Object, endpoint: Endpoint, request: Payload[Any], given: Swit
             if name == "tool_choice" and asked.tool_choice == "none":  # it would show them to the model all the same
                 fields.pop("tools", None)
             del fields[name]
+    for name, value in given.defaults.items():
+        fields.setdefault(name, value)
+    if not asked.stop:
+        fields.pop("stop", None)  # an empty one is too much for some
     if not given.keep_extras:
         for name in HINTS & fields.keys():
             del fields[name]
@@ -72,6 +77,8 @@ def write(fields: Object, endpoint: Endpoint, request: Payload[Any], given: Swit
         _single_out(fields, request, given)
     if endpoint is CHAT:
         _write_chat(fields, asked, given)
+    else:
+        fields.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
 
 
 def _single_out(fields: Object, alone: Alone, given: Switches) -> None:

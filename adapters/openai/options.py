@@ -21,7 +21,8 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     else `system` is sent. `stream_options`: it takes them. `n`, `prompts`: it gives several choices, and takes several
     prompts, in one request; else there is a request for each. `refuse`: parameters that it would ignore. `keep_extras`:
     members of its answers that OpenAI does not have are passed on. `vision`, `audio`, `files`: its models take such
-    parts, as `data:` URLs or in base64; `fetch_media`: and http ones, for it to fetch.
+    parts, as `data:` URLs or in base64; `fetch_media`: and http ones, for it to fetch. `defaults`: what is sent where a
+    request leaves it out, so that a model's own defaults are not taken for OpenAI's.
     """
 
     engine: Engine | None = None
@@ -36,6 +37,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     audio: Models | None = None
     files: Models | None = None
     fetch_media: bool | None = None
+    defaults: dict[str, float] | None = None
 
 
 class Switches(Struct, frozen=True, kw_only=True):
@@ -56,6 +58,7 @@ class Switches(Struct, frozen=True, kw_only=True):
     audio: Models = False
     files: Models = False
     fetch_media: bool = False
+    defaults: dict[str, float] = {}
     extensions: frozenset[str] = frozenset()
     repairs: tuple[Repair, ...] = ()
 
@@ -88,6 +91,7 @@ ENGINES: dict[Engine, Switches] = {
         n=False,
         prompts=False,
         keep_extras=False,
+        defaults={"temperature": 1.0, "top_p": 1.0},
         refuse=[
             *NOT_BESIDE_OPENAI,
             *"best_of echo logit_bias logprobs parallel_tool_calls presence_penalty reasoning_effort".split(),
@@ -101,6 +105,7 @@ ENGINES: dict[Engine, Switches] = {
             EACH_CHOICE,
             EACH_PROMPT,
             Repair("streams without [DONE]", "transformers-chat-stream"),
+            Repair("the temperature that OpenAI takes for default", "transformers-chat-stream"),
             Repair("errors under `detail`", "transformers-chat-unknown-field"),
             Repair("errors in streams that are broken JSON", "transformers-chat-stream-error"),
         ),

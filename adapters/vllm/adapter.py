@@ -53,6 +53,7 @@ REPAIRS = (
     Repair("reasoning under one name", "chat-stream-reasoning"),
     Repair("members that OpenAI does not have left out", "chat"),
     Repair("n at temperature 0 by copies", "chat-greedy-n"),
+    Repair("the temperature that OpenAI takes for default", "chat-reasoning"),
     Repair("best_of ranked here", "completion-best-of"),
     Repair("guided_* as structured_outputs", "chat-guided"),
     Repair("usage of several choices summed", "chat-stream-n"),
@@ -145,7 +146,7 @@ class Adapter(HTTPAdapter):
         fields["model"] = dispatch.model
         if endpoint.streams:
             draw = Draw.of(asked)
-            write_sampling(fields, asked, draw)
+            write_sampling(fields, asked, draw, self._options)
             if endpoint is CHAT:
                 check_chat(asked, self._options)
                 write_chat(fields, asked, self._context.get(dispatch.model))

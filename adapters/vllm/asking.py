@@ -44,6 +44,8 @@ COUNTED = (TEMPLATE | {"add_special_tokens", "messages", "tools"}) - {"include_r
 MOST_COUNTED = 8
 """What makes a prompt, beside its text; and texts in one request that are worth the exchanges to count each."""
 LEAST_TOP_P = 1e-6
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+"""OpenAI's; a model's own would stand in their place."""
 STREAMED = {"include_usage": True, "continuous_usage_stats": True}
 
 
@@ -52,12 +54,14 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `options` of an upstream with the adapter `vllm`.
 
     `cache_salt`: prefixes are shared within a tenant only. `audio`: the model takes it. `fetch_images`: images may be
-    at other URLs than `data:`, for vLLM to fetch.
+    at other URLs than `data:`, for vLLM to fetch. `defaults`: what is sent where a request leaves it out; with {} that
+    is what the model's own `generation_config` says.
     """
 
     cache_salt: bool = False
     audio: bool = False
     fetch_images: bool = False
+    defaults: dict[str, float] = msgspec.field(default_factory=lambda: dict(DEFAULTS))
 
 
 def refuse(param: str, asked: object, what: str = "") -> None:
@@ -111,7 +115,9 @@ def write_completion(fields: Object, asked: CompletionRequest, draw: Draw) -> No
         fields.setdefault("logprobs", 1)
 
 
-def write_sampling(fields: Object, asked: Any, draw: Draw) -> None:
+def write_sampling(fields: Object, asked: Any, draw: Draw, options: Options) -> None:
+    for name, value in options.defaults.items():
+        fields.setdefault(name, value)
     if asked.stream:
         fields["stream_options"] = STREAMED
     if draw.drawn > 1:

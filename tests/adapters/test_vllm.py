@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.vllm import Adapter
-from adapters.vllm.asking import GUIDED, SAMPLING, TEMPLATE
+from adapters.vllm.asking import DEFAULTS, GUIDED, SAMPLING, TEMPLATE
 from gateway.adapter import Dispatch
 from gateway.auth import ANONYMOUS
 from gateway.call import Call
@@ -50,12 +50,20 @@ def a_call(endpoint: Endpoint, **changes: Any) -> Call:
 
 
 def sent(endpoint: Endpoint, adapter: Any = None, **changes: Any) -> Document:
-    """What is sent beside the model and the question."""
+    """What is sent beside the model, the question and OpenAI's defaults."""
     outgoing = (adapter or vllm()).encode(endpoint, a_call(endpoint, **changes).request, DISPATCH)
     body: Document = json.loads(outgoing.body)
     assert body.pop("model") == "model-1"
     body.pop(endpoint.asks)
-    return body
+    return {name: value for name, value in body.items() if (name, value) not in DEFAULTS.items()}
+
+
+def test_openais_defaults_are_sent_unless_the_configuration_leaves_them_to_the_model() -> None:
+    for adapter, expected in ((vllm(), DEFAULTS), (vllm(defaults={}), {}), (vllm(defaults={"top_k": 1}), {"top_k": 1})):
+        body = json.loads(adapter.encode(CHAT, a_call(CHAT).request, DISPATCH).body)
+        assert body.keys() - {"model", "messages"} == expected.keys()
+        assert {name: body[name] for name in expected} == expected
+    assert json.loads(vllm().encode(CHAT, a_call(CHAT, temperature=0).request, DISPATCH).body)["temperature"] == 0
 
 
 def said_in(*parts: Document) -> Document:
@@ -105,7 +113,7 @@ STREAM_OPTIONS = {"include_usage": True, "continuous_usage_stats": True}
         ({"stop": "a"}, {"stop": ["a"]}),
         ({"stop": ["a", ""]}, {"stop": ["a"]}),
         ({"top_p": 0}, {"top_p": 1e-6}),
-        ({"top_p": 1}, {"top_p": 1}),
+        ({"top_p": 1}, {}),
         ({"temperature": 0, "n": 3}, {"temperature": 0}),
         ({"temperature": 0.5, "n": 3}, {"temperature": 0.5, "n": 3}),
         ({"n": 1}, {}),

@@ -51,6 +51,5 @@ LACKS: dict[str, dict[str, str]] = {
         "presence_penalty": "presence_penalty",
         "images": "messages[0].content[0].image_url",
         "a context": "it has no check: what is too long, it tries",
-        "a default limit": "the server's own is 1024",
     },
 }

@@ -33,7 +33,12 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 def upstream(serve: Engine, timeouts: Timeouts | None = None) -> Upstream:
-    return Upstream(adapter="openai", base_url=f"{serve.url}/v1", timeouts=timeouts or Timeouts())
+    return Upstream(
+        adapter="openai",
+        base_url=f"{serve.url}/v1",
+        options={"engine": "transformers"},
+        timeouts=timeouts or Timeouts(),
+    )
 
 
 @pytest.fixture
@@ -86,6 +91,40 @@ async def test_completions_are_answered_and_billed(front: Front) -> None:
     assert streamed in (plain.choices[0].text, plain.choices[0].text.rstrip("\ufffd"))  # it drops the half at the end
     row = await front.billed(2)
     assert (row.outcome, row.usage_source, row.completion_tokens) == ("completed", "upstream", 12)
+
+
+async def test_what_it_cannot_do_is_done_here_or_refused_by_name(front: Front) -> None:
+    several = await front.chat(n=3, **PLAIN)
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert several.usage.completion_tokens == 72
+    prompts = await front.house.openai.completions.create(model="smart", prompt=["a", "b"], max_tokens=2)
+    assert [choice.index for choice in prompts.choices] == [0, 1]
+    default = await front.house.openai.completions.create(
+        model="smart", prompt="a", temperature=0, logit_bias={}, stop=[]
+    )
+    assert default.usage is not None
+    assert default.usage.completion_tokens == 16
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    assert (await front.chat(tools=tools, tool_choice="auto", max_completion_tokens=4)).choices
+    assert (await front.chat(messages=[{"role": "developer", "content": "Hi"}], max_completion_tokens=1)).choices
+    schema = {"type": "json_schema", "json_schema": {"name": "unit", "schema": {"type": "object"}}}
+    refused: list[tuple[str, Any]] = [
+        ("tool_choice", {"tools": tools, "tool_choice": "required"}),
+        ("response_format", {"response_format": schema}),
+        ("logprobs", {"logprobs": True}),
+        ("presence_penalty", {"presence_penalty": 1}),
+        ("logit_bias", {"logit_bias": {"5": 1}}),
+    ]
+    for param, asked in refused:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await front.chat(**asked)
+        assert caught.value.param == param
+
+
+async def test_openais_temperature_is_the_default_and_not_the_models(front: Front) -> None:
+    """The model's own of 0.3 would say the same nearly every time."""
+    said_ = [(await front.chat(max_completion_tokens=12)).choices[0].message.content for _ in range(4)]
+    assert len(set(said_)) == 4
 
 
 async def test_a_client_that_leaves_is_billed_for_what_it_got_and_the_next_is_answered(front: Front) -> None:

@@ -142,6 +142,97 @@ async def test_a_stream_says_what_a_plain_answer_does_up_to_any_stop_string(fron
         assert (said, chunks[-1].choices[0].finish_reason) == expected
 
 
+USER: Any = {"role": "user", "content": "Hi"}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"unit": "celsius"}'}}
+TAKEN: dict[str, Any] = {
+    "the role developer": {"messages": [{"role": "developer", "content": "Be brief."}, USER]},
+    "parts of text": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
+    "a name": {"messages": [{**USER, "name": "Ada"}]},
+    "calls and their results": {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "12"},
+        ]
+    },
+    "nulls": dict.fromkeys(
+        "stop seed n top_p temperature presence_penalty frequency_penalty logit_bias logprobs response_format "
+        "stream_options user".split()
+    ),
+    "top_p 0": {"top_p": 0},
+    "top_p 1": {"top_p": 1},
+    "penalties": {"presence_penalty": -2, "frequency_penalty": 2},
+    "logit_bias": {"logit_bias": {"5": -100}},
+    "no logit_bias": {"logit_bias": {}},
+    "the largest seed": {"seed": 2**63 - 1},
+    "the smallest seed": {"seed": -(2**63)},
+    "four stop strings": {"stop": ["w", "x", "y", "z"]},
+    "no stop strings": {"stop": []},
+    "an empty stop string": {"stop": ""},
+    "text": {"response_format": {"type": "text"}},
+    "json_object": {"response_format": {"type": "json_object"}},
+    "no tools": {"tools": []},
+    "tools that may not be called": {"tools": [TOOL], "tool_choice": "none"},
+    "one call at a time": {"tools": [TOOL], "parallel_tool_calls": False},
+    "what asks nothing": {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"},
+    "reasoning_effort": {"reasoning_effort": "low"},
+    "extensions": {"extra_body": {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 1}},
+}
+REFUSED: dict[str, Any] = {
+    "messages[0].content[0].image_url": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]
+    },
+    "messages": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}
+        ]
+    },
+    "tools": {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
+    "modalities": {"modalities": ["text", "audio"]},
+    "prediction": {"prediction": {"type": "content", "content": "x"}},
+    "functions": {"functions": [{"name": "f"}]},
+    "structured_outputs": {"extra_body": {"structured_outputs": {"jason": {}}}},
+    "chat_template": {"extra_body": {"chat_template": "x"}},
+    "kv_transfer_params": {"extra_body": {"kv_transfer_params": {}}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_openai_takes_is_taken(front: Front, stream: bool) -> None:
+    for name, asked in TAKEN.items():
+        answer = await front.chat(max_completion_tokens=3, stream=stream, **asked)
+        assert [chunk async for chunk in answer] if stream else answer.choices, name
+
+
+async def test_what_it_cannot_honour_is_refused_by_name(front: Front) -> None:
+    for param, asked in REFUSED.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            await front.chat(**asked)
+        assert caught.value.param == param
+
+
+async def test_completions_take_every_form_of_prompt(front: Front) -> None:
+    completions = front.house.openai.completions
+    asked: Any = {"model": "smart", "max_tokens": 2, "temperature": 0}
+    for prompt, count in (("Hi", 1), ([5, 6, 7], 1), ([[5], [6, 7]], 2)):
+        assert len((await completions.create(prompt=prompt, **asked)).choices) == count
+    assert len((await completions.create(prompt="Hi", **asked | {"max_tokens": None})).choices) == 1
+    echoed = await completions.create(prompt="Hi you", echo=True, logprobs=1, **asked)
+    logprobs: Any = echoed.choices[0].logprobs
+    assert echoed.choices[0].text.startswith("Hi you")
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
+    assert logprobs.token_logprobs[0] is None
+    with pytest.raises(openai.BadRequestError) as caught:
+        await completions.create(prompt="Hi", suffix="x", **asked)
+    assert caught.value.param == "suffix"
+
+
+async def test_openais_temperature_is_the_default_and_not_the_models(front: Front) -> None:
+    """The model's own of 0.3, in its generation_config, would say the same nearly every time."""
+    said = [(await front.chat(max_completion_tokens=12)).choices[0].message.content for _ in range(4)]
+    assert len(set(said)) == 4
+
+
 async def test_tools_and_schemas_constrain_the_answer(front: Front) -> None:
     tools: Any = {"tools": [TOOL], "tool_choice": "required", "temperature": 0, "max_completion_tokens": 200}
     answer = await front.chat(**tools)
@@ -197,8 +288,10 @@ async def test_a_full_server_is_a_503_and_a_client_that_leaves_makes_room(
 async def test_a_plain_request_whose_client_leaves_is_no_longer_worked_on(vllm: Engine, front: Front) -> None:
     await at_rest(vllm)
     asking = asyncio.ensure_future(front.chat(**ENDLESS))
-    await until(lambda: _is(load(vllm), 1))
+    await until(lambda: _is(in_hand(vllm), 1))
     asking.cancel()
+    async with asyncio.timeout(1):
+        await until(lambda: _is(in_hand(vllm), 0))
     await at_rest(vllm)
     made = await total(vllm.url, "vllm:generation_tokens_total")
     await asyncio.sleep(0.3)
@@ -216,8 +309,6 @@ async def test_an_aborted_stream_is_billed_for_what_was_generated(vllm: Engine, 
     before = await total(vllm.url, "vllm:generation_tokens_total")
     stream = await front.chat(stream=True, n=n, **ENDLESS)
     chunks = aiter(stream)
-    for _ in range(8 * n):
-        await anext(chunks)
     with vllm.frozen(*vllm.workers):
         with suppress(TimeoutError):
             while True:  # what it had said before
@@ -225,10 +316,11 @@ async def test_an_aborted_stream_is_billed_for_what_was_generated(vllm: Engine, 
                     await anext(chunks)
         await stream.close()
         row = await front.billed()
+        await until(lambda: _is(in_hand(vllm), 0))
     await at_rest(vllm)
     generated = await total(vllm.url, "vllm:generation_tokens_total") - before
     assert (row.outcome, row.usage_source) == ("client_gone", "upstream")
-    assert 8 * n <= row.completion_tokens + n
+    assert row.completion_tokens > 0
     assert 0 <= generated - row.completion_tokens <= n
     assert await front.counted("completion") == row.completion_tokens
 
