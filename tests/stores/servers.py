@@ -29,13 +29,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@dataclass
+@dataclass(eq=False)
 class RedisServer:
     """A redis-server of the test's own."""
 
     port: int
     folder: Path
     options: tuple[str, ...] = ()
+    config: Path | None = None
     process: subprocess.Popen[bytes] = field(init=False)
 
     @property
@@ -43,10 +44,10 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        self.process = subprocess.Popen(
-            [*command, "--save", "", *self.options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        command = [redis_binary(), *([str(self.config)] if self.config else [])]
+        command += ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), *self.options]
+        command += [] if self.config else ["--save", ""]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.wait()
 
     def wait(self) -> None:
@@ -77,9 +78,10 @@ class RedisServer:
 
 
 @contextmanager
-def redis_server(*options: str, port: int = 0) -> Iterator[RedisServer]:
+def redis_server(*options: str, port: int = 0, config: Path | None = None) -> Iterator[RedisServer]:
+    """*config* is a file, of which a sentinel needs one."""
     with TemporaryDirectory() as folder:
-        server = RedisServer(port or free_port(), Path(folder), options)
+        server = RedisServer(port or free_port(), Path(folder), options, config)
         server.start()
         try:
             yield server
