@@ -145,8 +145,8 @@ class Limiter:
 def _tell(call: Call, terms: Terms, decision: Decision) -> None:
     call.headers.update(told.headers(terms, decision))
     if warnings := told.warnings(terms, decision):
-        call.headers["x-suiron-warning"] = "; ".join(told.warning(term, percent) for term, percent in warnings)
-        call.limits_hit += [(term.label, f"warned_{percent}") for term, percent in warnings]
+        call.headers["x-suiron-warning"] = "; ".join(said for _, _, said in warnings)
+        call.limits_hit += [(term.label, f"warned_{percent}") for term, percent, _ in warnings]
 
 
 def settlement(record: UsageRecord | None) -> tuple[Costs, bool, bytes]:

@@ -37,17 +37,18 @@ def _tightest(terms: Terms, decision: Decision, metric: str) -> int | None:
     return found
 
 
-def warnings(terms: Terms, decision: Decision) -> list[tuple[Term, int]]:
-    """The limits of which 80 or 95 % and more are used, with that percentage."""
+def warnings(terms: Terms, decision: Decision) -> list[tuple[Term, int, str]]:
+    """The limits of which 80 or 95 % and more are used: with that percentage, and in words."""
     return [
-        (term, next(percent for share, percent in WARN_AT if left <= share * term.rule.limit))
+        (term, next(percent for share, percent in WARN_AT if left <= share * term.rule.limit), _used_up(term, left))
         for term, left in zip(terms.terms, decision.remaining, strict=True)
         if left <= 0.2 * term.rule.limit and not term.rule.shadow and not isinstance(term.rule, Lease)
     ]
 
 
-def warning(term: Term, percent: int) -> str:
-    return f"{term.name} of {term.whose}: {percent} % used"
+def _used_up(term: Term, left: int) -> str:
+    used = 100 - 100 * left // term.rule.limit if term.rule.limit else 100
+    return f"{term.name} of {term.whose}: {used} % used"
 
 
 def refusal(terms: Terms, decision: Decision, costs: Costs, now: datetime) -> GatewayError:

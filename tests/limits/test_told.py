@@ -54,9 +54,9 @@ def test_limits_that_refuse_nothing_are_not_in_the_headers() -> None:
 def test_a_warning_comes_at_80_and_at_95_percent() -> None:
     of = terms(tokens_per_month=100, tokens_per_minute=100, requests_per_minute=100, concurrent_requests=1)
     found = told.warnings(of, Decision(remaining=[21, 20, 5, 0], reset_ms=[1] * 4))
-    assert [told.warning(term, percent) for term, percent in found] == [
-        "tokens per minute of key 'alice': 80 % used",
-        "requests per minute of key 'alice': 95 % used",
+    assert [(percent, said) for _, percent, said in found] == [
+        (80, "tokens per minute of key 'alice': 80 % used"),
+        (95, "requests per minute of key 'alice': 95 % used"),
     ]
 
 

@@ -35,7 +35,10 @@ def cache_routes(keyring: Keyring, cache: Cache) -> list[HTTPRouteHandler]:
         except StoreUnavailable:
             raise CacheUnavailable from None
         document = {"object": "cache", "deleted": True} | ({} if by is None else {by: name})
-        told = {"cache-control": "no-store", "x-request-id": request_id_of(dict(headers)) or f"req_{secrets.token_hex(16)}"}
+        told = {
+            "cache-control": "no-store",
+            "x-request-id": request_id_of(dict(headers)) or f"req_{secrets.token_hex(16)}",
+        }
         return Response(msgspec.json.encode(document), media_type="application/json", headers=told)
 
     return [forget]
