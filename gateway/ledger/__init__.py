@@ -24,8 +24,8 @@ from gateway.ledger.billing import a_count, complete, intended, shortened
 from gateway.ledger.writer import Committed, LedgerCounts, Writer
 from gateway.settings import SettingsError
 
-FLUSH_S = 2.0
-"""How long the end waits for the last records."""
+FIRST_S, FLUSH_S = 5.0, 2.0
+"""How long the start waits for what was left, and the end for the last records."""
 SLOTS_A_MIB = 2**20 // SLOT_BYTES
 READERS = 2
 READ_S = 5.0
@@ -170,12 +170,18 @@ class Ledger:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While the app runs. At the end, waits a moment for the last rows; others wait in the journal."""
+        """
+        While the app runs.
+
+        What a dead process left is written first, so that sums have it in them; at the end, the last rows are waited
+        for, for a moment. What is not written then waits in the journal.
+        """
         if self._writer is None:
             yield
             return
         self._writer.start(partial(_tell, asyncio.get_running_loop(), self), self.close)
         try:
+            await asyncio.to_thread(self._writer.first_try, FIRST_S)
             yield
         finally:
             await asyncio.to_thread(self._writer.stop, FLUSH_S)

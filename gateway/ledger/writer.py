@@ -67,6 +67,7 @@ class Writer:
         self._wake = threading.Event()
         self._idle = False
         self._stopping = threading.Event()
+        self._tried = threading.Event()
         self._failures = 0
         self._quiet_until = 0.0
         self._foreign: set[Journal] = set()
@@ -117,6 +118,11 @@ class Writer:
         self._tell, self._close = tell, close
         self._thread.start()
 
+    def first_try(self, timeout_s: float) -> None:
+        """Waits until what a dead process left has been written, or could not be."""
+        if self._pending or self._group:
+            self._tried.wait(timeout_s)
+
     def stop(self, timeout_s: float) -> None:
         self._stopping.set()
         self._wake.set()
@@ -130,7 +136,7 @@ class Writer:
             journal.shut()
 
     def _run(self) -> None:
-        while self._gather():
+        while self._gather() or not self._stopping.is_set():
             try:
                 self.write()
                 self._failures = 0
@@ -138,13 +144,16 @@ class Writer:
                 self._fail(exc)
                 if self._stopping.is_set():
                     break
+                self._tried.set()
                 self._stopping.wait(BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1])
+            if not self._pending:
+                self._tried.set()
         for _, written in self._strays:
             written.set_exception(DatabaseUnavailable("the gateway is shutting down"))
         self._close()
 
     def _gather(self) -> bool:
-        """Waits for a group to be worth a commit, unless one is left from before. False where none will come."""
+        """Waits for a group to be worth a commit, unless one is left from before. False where it was woken for none."""
         if self._group:
             return True
         self._idle = True
@@ -152,7 +161,7 @@ class Writer:
             self._wake.wait()
         self._idle = False
         self._wake.clear()
-        if self._pending and len(self._pending) < ROWS and not self._strays and not self._stopping.is_set():
+        if 0 < len(self._pending) < ROWS and self._tried.is_set() and not self._strays and not self._stopping.is_set():
             self._wake.wait(WAIT_S)
             self._wake.clear()
         return bool(self._pending or self._strays)
