@@ -9,7 +9,7 @@ from sqlalchemy import column as sql_column
 from gateway.database.tables import VERSION_TABLE, metadata
 from gateway.settings import SettingsError
 
-NEWEST = "0001"
+NEWEST = "0002"
 
 
 def migrate(connection: Connection, name: str) -> None:
