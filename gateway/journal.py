@@ -21,6 +21,7 @@ from zlib import crc32
 
 MAGIC = b"suiron.journal.1"
 SLOT_BYTES = 2048
+SLOTS_AT_ONCE = 512
 HEAD_BYTES = 64
 """Of the file: magic, slots, whose database. Of a slot: state, selector, progress twice, lengths and checksums."""
 INTENT_AT = HEAD_BYTES
@@ -76,7 +77,7 @@ class Journal:
         self.slots = slots
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, HEAD_BYTES + slots * SLOT_BYTES)
-        self._unused = [slot for slot in range(slots) if self._map[self._at(slot)] == FREE]  # ascending: a heap
+        self._unused = [slot for slot, state in enumerate(_states(descriptor, slots)) if state == FREE]  # a heap
         self._freed: deque[int] = deque()
 
     @property
@@ -122,9 +123,8 @@ class Journal:
 
     def found(self) -> Iterator[Found]:
         """What is in it, for whoever adopts it. A slot that the machine's end left unreadable is skipped."""
-        for slot in range(self.slots):
+        for slot, state in enumerate(_states(self._descriptor, self.slots)):
             at = self._at(slot)
-            state = self._map[at + _STATE_AT]
             if state == CLOSED and (wire := self._read(at + OUTCOME_AT, at + _OUTCOME_SUM_AT, MAX_OUTCOME)):
                 yield Found(slot, wire, None)
             elif state != FREE and (wire := self._read(at + INTENT_AT, at + _INTENT_SUM_AT, MAX_INTENT)):
@@ -145,6 +145,16 @@ class Journal:
 
     def _at(self, slot: int) -> int:
         return HEAD_BYTES + slot * SLOT_BYTES
+
+
+def _states(descriptor: int, slots: int) -> Iterator[int]:
+    """Of each slot. Not by the map: all the pages that are looked at there count as this process's memory."""
+    if descriptor < 0:
+        yield from bytes(slots)
+        return
+    for first in range(0, slots, SLOTS_AT_ONCE):
+        some = min(SLOTS_AT_ONCE, slots - first) * SLOT_BYTES
+        yield from os.pread(descriptor, some, HEAD_BYTES + first * SLOT_BYTES + _STATE_AT)[::SLOT_BYTES]
 
 
 def adopt(directory: Path, owner: bytes) -> tuple[list[Journal], list[Path]]:

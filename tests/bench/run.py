@@ -11,9 +11,14 @@ CPU is user + system time of the server's processes divided by requests, from /p
 the server's latency less that of the mock in the same round, at one connection. Every answer is checked (status 200,
 a stream ends in [DONE]), and those that fail are counted as errors. Nothing is asserted: the exit status is 0.
 
+`relay` is a bare relay (tests/bench/relay.py) to tell the machine's speed by. `foundation` checks a key,
+keeps metrics and writes a log line a request; `gateway` is what `suiron serve` starts, with its ledger in SQLite;
+`everything` is that with limits of requests, tokens and money on the key and its team in a
+Redis on the load's core, prices, and metrics that are scraped every second.
+
 A stream is 34 events. They come all at once; with `--one-by-one` each in a write of its own as fast as the mock can,
-so that the server chooses what leaves together; with `--paced` each alone. Needs Linux; `wrk` and `nginx` are used
-where they are installed.
+so that the server chooses what leaves together; with `--paced` each alone. Needs Linux; `wrk`, `nginx` and
+`redis-server` are used where they are installed.
 """
 
 import argparse
@@ -27,11 +32,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from tests.bench import load
@@ -39,7 +45,7 @@ from tests.bench.mock_upstream import Dialogue
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-bench"
-SERVERS = ("direct", "nginx", "gateway")
+SERVERS = ("direct", "nginx", "relay", "foundation", "gateway", "everything")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 NGINX_CONF = """
 worker_processes 1;
@@ -62,12 +68,32 @@ http {{
 """
 GATEWAY_CONF = """
 server: {{host: 127.0.0.1, port: {port}}}
-telemetry: {{log: off}}
+telemetry: {{log: json}}
 auth: {{keys: [{{name: bench, sha256: {key_sha256}}}]}}
 upstreams: {{mock: {{adapter: openai, base_url: "http://127.0.0.1:{upstream}/v1"}}}}
 models: {{mock: {{targets: [{{upstream: mock, model: mock-upstream-model}}]}}}}
-database: {{url: "sqlite:///{folder}/ledger.db"}}
 """
+LEDGER_CONF = """
+database: {{url: "sqlite:///{folder}/{name}.db", journal: "{folder}/{name}-journal"}}
+"""
+EVERYTHING_CONF = """
+server: {{host: 127.0.0.1, port: {port}}}
+telemetry: {{log: json}}
+auth:
+  keys:
+    - name: bench
+      sha256: {key_sha256}
+      team: red
+      limits: {{requests_per_minute: 100000000, tokens_per_minute: 10000000000, concurrent_requests: 1000000}}
+  teams: {{red: {{limits: {{usd_per_month: 9000000}}}}}}
+upstreams: {{mock: {{adapter: openai, base_url: "http://127.0.0.1:{upstream}/v1"}}}}
+models:
+  mock:
+    targets: [{{upstream: mock, model: mock-upstream-model}}]
+    prices: {{input: 0.10, cached_input: 0.05, output: 0.30}}
+store: {{url: "redis://127.0.0.1:{redis}/0"}}
+"""
+SCRAPE_S = 1.0
 COLUMNS = {
     "plain: CPU µs": "{:.0f}",
     "req/s": "{:,.0f}",
@@ -106,12 +132,7 @@ class Server:
         raise RuntimeError(f"{self.name} is not ready ({problem}): {self.log.read_text()[-2000:]}")
 
     def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        stop(self._process)
 
     def cpu_s(self) -> float:
         return sum(map(cpu_ticks, self._family())) / TICKS_PER_S
@@ -126,6 +147,15 @@ class Server:
             for children in Path(f"/proc/{pid}/task").glob("*/children"):
                 family += map(int, children.read_text().split())
         return family
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def cpu_ticks(pid: int) -> int:
@@ -172,23 +202,66 @@ def free_port() -> int:
         return port
 
 
+def start_redis(folder: Path) -> subprocess.Popen[bytes]:
+    """On the port that `redis.port` in *folder* then tells; it keeps nothing."""
+    port = free_port()
+    (folder / "redis.port").write_text(str(port))
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def scraped(server: Server) -> Iterator[None]:
+    """Its metrics are read every second."""
+    over = threading.Event()
+
+    def scrape() -> None:
+        while not over.wait(SCRAPE_S):
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10).read()
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def start(name: str, upstream: int, pace: list[str], folder: Path) -> Server:
     port = upstream if name == "direct" else free_port()
     key_sha256 = hashlib.sha256(KEY.encode()).hexdigest()
     conf = folder / f"{name}.conf"
-    text = {"direct": "", "nginx": NGINX_CONF, "gateway": GATEWAY_CONF}[name]
-    conf.write_text(text.format(folder=folder, upstream=upstream, port=port, key_sha256=key_sha256))
+    text = {
+        "nginx": NGINX_CONF,
+        "foundation": GATEWAY_CONF,
+        "gateway": GATEWAY_CONF + LEDGER_CONF,
+        "everything": EVERYTHING_CONF + LEDGER_CONF,
+    }.get(name, "")
+    redis = (folder / "redis.port").read_text() if name == "everything" else ""
+    conf.write_text(
+        text.format(name=name, folder=folder, upstream=upstream, port=port, key_sha256=key_sha256, redis=redis)
+    )
     python = [sys.executable, "-m"]
+    serve = [*python, "gateway", "serve", "--config", str(conf), "--host", "127.0.0.1", "--port", str(port)]
     command = {
         "direct": [*python, "tests.bench.mock_upstream", "--port", str(port), *pace],
         "nginx": ["nginx", "-p", str(folder), "-c", str(conf), "-g", "daemon off;"],
-        "gateway": [*python, "gateway", "serve", "--config", str(conf), "--host", "127.0.0.1", "--port", str(port)],
+        "relay": [*python, "tests.bench.relay", "--port", str(port), "--upstream", str(upstream)],
+        "foundation": [*python, "tests.bench.foundation", str(conf)],
+        "gateway": serve,
+        "everything": serve,
     }[name]
     return Server(name, command, port, folder / f"{name}.log")
 
 
 def cost(server: Server, stream: bool, options: argparse.Namespace, folder: Path) -> tuple[float, load.Load]:
     """CPU µs per request under full load, and what the load saw."""
+    with scraped(server) if server.name == "everything" else nullcontext():
+        return _cost(server, stream, options, folder)
+
+
+def _cost(server: Server, stream: bool, options: argparse.Namespace, folder: Path) -> tuple[float, load.Load]:
     before_s = server.cpu_s()
     if load.has_wrk() and not options.paced:
         seen = load.wrk(server.port, KEY, stream, options.connections, options.seconds, folder)
@@ -246,9 +319,12 @@ def servers(options: argparse.Namespace, stack: ExitStack, folder: Path, server_
     for name in SERVERS:
         if name != "direct" and name not in options.only.split(","):
             continue
-        if name == "nginx" and not shutil.which("nginx"):
-            print("nginx left out: not installed", file=sys.stderr)
+        needs = {"nginx": "nginx", "everything": "redis-server"}.get(name)
+        if needs is not None and not shutil.which(needs):
+            print(f"{name} left out: {needs} is not installed", file=sys.stderr)
             continue
+        if name == "everything":
+            stack.callback(stop, start_redis(folder))
         with pinned(None if name == "direct" else server_core):
             upstream = ready[0].port if ready else free_port()
             server = start(name, upstream, pace, folder)
