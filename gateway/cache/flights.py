@@ -4,7 +4,6 @@ import asyncio
 import copy
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
 
 from gateway.cache.track import Track
 from gateway.call import Call
@@ -171,7 +170,9 @@ class Flight:
         now = first.clock()
         running = self.call.attempts
         if first.attempts is running:
-            first.attempts = [replace(attempt, ended=attempt.ended or now) for attempt in running]
+            first.attempts = [copy.copy(attempt) for attempt in running]
+            for attempt in first.attempts:
+                attempt.ended = attempt.ended or now
         next_.attempts = running
         next_.cache = "miss"
         self.call.trace = next_.trace

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -103,7 +103,7 @@ async def test_a_hundred_identical_streams_are_one_generation() -> None:
 
 async def test_who_comes_late_gets_what_was_said_and_then_hears_on() -> None:
     adapter = Stepwise()
-    adapter.go(1)
+    adapter.go(2)
     async with keeping(adapter) as house, reading(house) as first:
         adapter.go(5)
         await first.until('"content":"l"')
@@ -121,26 +121,23 @@ async def test_who_comes_late_gets_what_was_said_and_then_hears_on() -> None:
 
 async def test_the_first_to_ask_may_leave() -> None:
     adapter = Stepwise()
-    adapter.go(1)
+    adapter.go(2)
     async with keeping(adapter) as house:
-        async with reading(house) as first:
-            adapter.go(3)
-            await first.until('"content":"e"')
-            second = asyncio.create_task(house.post(STREAM))
+        async with AsyncExitStack() as stays:
+            async with reading(house) as first:
+                second = await stays.enter_async_context(reading(house))
+                assert (first.state, second.state) == ("miss", "shared")
             await asyncio.sleep(0.05)
-        await asyncio.sleep(0.05)
-        assert adapter.closed == 0
-        adapter.go()
-        response = await second
-        assert response.headers["x-suiron-cache"] == "shared"
-        assert events_of(response.content)[-1] == "[DONE]"
+            assert adapter.closed == 0
+            adapter.go()
+            assert (await second.rest())[-1] == "[DONE]"
         assert (await house.post()).headers["x-suiron-cache"] == "hit"
     assert adapter.calls == 1
 
 
 async def test_when_the_last_one_leaves_the_generation_is_closed() -> None:
     adapter = Stepwise()
-    adapter.go(1)
+    adapter.go(2)
     async with keeping(adapter) as house:
         async with reading(house) as first, reading(house) as second:
             adapter.go(3)

@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gateway.settings import Caching, Database, Limits, Model, Prices, Settings,
 from tests.cache.conftest import STREAM, both, settings_with
 from tests.cache.test_flights import Stepwise, reading
 from tests.house import HELLO, House, ScriptedAdapter, running
+from tests.served import until
 
 pytestmark = pytest.mark.anyio
 
@@ -67,16 +68,15 @@ async def test_a_hit_costs_all_the_price_of_cached_input_or_nothing(
 
 async def test_of_those_who_share_one_pays_and_another_when_that_one_leaves(tmp_path: Path) -> None:
     adapter = Stepwise()
-    adapter.go(1)
-    async with billing(priced(Caching(mode="all")), tmp_path, adapter) as house:
-        async with reading(house) as first:
-            adapter.go(3)
-            await first.until('"content":"e"')
-            others = [asyncio.create_task(house.post(STREAM)) for _ in range(2)]
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(0.1)
+    adapter.go(2)
+    async with billing(priced(Caching(mode="all")), tmp_path, adapter) as house, AsyncExitStack() as stay:
+        async with reading(house):
+            others = [await stay.enter_async_context(reading(house)) for _ in range(2)]
+            assert [other.state for other in others] == ["shared", "shared"]
+        await until(lambda: len(rows(tmp_path)) == 1)
         adapter.go()
-        assert [(await other).headers["x-suiron-cache"] for other in others] == ["shared", "shared"]
+        for other in others:
+            assert (await other.rest())[-1] == "[DONE]"
     assert adapter.calls == 1
     told = rows(tmp_path, "outcome, cache, target, cost_nano")
     left = [row for row in told if row[0] == "client_gone"]
