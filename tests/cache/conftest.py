@@ -50,7 +50,15 @@ async def keeping(
 ) -> AsyncIterator[House]:
     """A gateway that keeps what *adapter* answers."""
     async with running(settings_with(caching, keys, **changes), {"one": adapter}) as house:
+        await probed(house)
         yield house
+
+
+async def probed(house: House) -> None:
+    """What is found out about upstreams at the start is a part of every question."""
+    async with asyncio.timeout(20):
+        while (await house.http.get(f"{house.url}/health/ready")).status_code != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 def whole(endpoint: Endpoint = CHAT, usage: Usage | None = USED, **answer: Any) -> Part[Any]:

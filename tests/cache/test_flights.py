@@ -78,7 +78,7 @@ async def reading(house: House, body: Any = STREAM, headers: Any = AUTH) -> Asyn
 
 
 async def asking(adapter: Playing, times: int = 1) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         while adapter.calls < times:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 

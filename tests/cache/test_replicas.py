@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from gateway.settings import Answers
-from tests.cache.conftest import STREAM, Playing, both, hello, keeping, settings_with
+from tests.cache.conftest import STREAM, Playing, both, hello, keeping, probed, settings_with
 from tests.cache.test_flights import Stepwise, asking, text_of
 from tests.house import HELLO, House, running
 from tests.stores.proxy import Proxy, proxy_to
@@ -35,7 +35,9 @@ async def replicas(where: RedisServer | Proxy, *adapters: Playing, **answers: An
     url = f"redis://127.0.0.1:{where.port}"
     async with AsyncExitStack() as stack:
         settings = settings_with(cache=Answers(url=url, **{"timeout_s": 1.0, **answers}))
-        yield [await stack.enter_async_context(running(settings, {"one": adapter})) for adapter in adapters]
+        houses = [await stack.enter_async_context(running(settings, {"one": adapter})) for adapter in adapters]
+        await asyncio.gather(*map(probed, houses))
+        yield houses
 
 
 def state(response: httpx2.Response) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from gateway.errors import Overloaded
 from gateway.ledger import open_ledger
 from gateway.settings import Caching, Database, Limits, Model, Prices, Settings, Target, Upstream
-from tests.cache.conftest import STREAM, both, settings_with
+from tests.cache.conftest import STREAM, both, probed, settings_with
 from tests.cache.test_flights import Stepwise, reading
 from tests.house import HELLO, House, ScriptedAdapter, running
 from tests.served import until
@@ -36,6 +36,7 @@ def priced(caching: Caching, **limits: Any) -> Settings:
 async def billing(settings: Settings, folder: Path, adapter: ScriptedAdapter) -> AsyncIterator[House]:
     ledger = await asyncio.to_thread(open_ledger, Database(url=f"sqlite:///{folder}/ledger.db", journal=str(folder)))
     async with running(settings, {"one": adapter}, ledger=ledger) as house:
+        await probed(house)
         yield house
 
 
