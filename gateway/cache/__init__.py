@@ -150,9 +150,12 @@ class Cache:
                     await self._sleep(wait_ms / 1000)
             yield track.parts(start, len(track))
             return
+        begun = False
         for parts in told(call, track):
+            if begun:
+                await asyncio.sleep(0)  # for others: a long answer takes milliseconds
+            begun = True
             yield parts
-            await asyncio.sleep(0)  # for others: a long answer takes milliseconds
 
     # Without anybody else.
 

@@ -44,23 +44,28 @@ class Entry(Struct, array_like=True, frozen=True):
 
     def track(self, endpoint: Endpoint) -> Track:
         track = Track(endpoint, self.streamed)
-        position = 0
         for run in self.runs:
-            start = 0
-            for length in run.cuts:
-                text = run.text[start : start + length]
-                track.put(run.mould, text, self.waits_ms[position], self._usage(position))
-                start += length
-                position += 1
+            end = 0
+            track.moulds += [run.mould] * len(run.cuts)
+            track.texts += [run.text[end : (end := end + length)] for length in run.cuts]
+        track.waits_ms = self.waits_ms
+        track.usages = self._usages()
         track.usage = self.usage
         return track
 
-    def _usage(self, position: int) -> Usage | None:
+    def _usages(self) -> list[Usage | None]:
         """Who takes only the beginning has had all of it, unless it is known how much that was."""
-        if self.usage is None or not self.tokens or position == len(self.waits_ms) - 1:
-            return self.usage
-        prompt, said = self.usage.prompt_tokens, self.tokens[position]
-        return Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
+        usage = self.usage
+        if usage is None or not self.tokens:
+            return [usage] * len(self.waits_ms)
+        prompt = usage.prompt_tokens
+        return [
+            *(
+                Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
+                for said in self.tokens[:-1]
+            ),
+            usage,
+        ]
 
 
 _ENCODER = msgspec.msgpack.Encoder()
