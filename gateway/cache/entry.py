@@ -59,13 +59,10 @@ class Entry(Struct, array_like=True, frozen=True):
         if usage is None or not self.tokens:
             return [usage] * len(self.waits_ms)
         prompt = usage.prompt_tokens
-        return [
-            *(
-                Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said)
-                for said in self.tokens[:-1]
-            ),
-            usage,
+        told = [
+            Usage(prompt_tokens=prompt, completion_tokens=said, total_tokens=prompt + said) for said in self.tokens[:-1]
         ]
+        return [*told, usage]
 
 
 _ENCODER = msgspec.msgpack.Encoder()
