@@ -73,7 +73,7 @@ class Adapter(HTTPAdapter):
         super().__init__(upstream, **transport)
         self._options = read_options(upstream.options, Options)
         self._context: dict[str, int] = {}
-        self._calls_tools: dict[str, bool] = {}
+        self._calls_tools: dict[str, bool | None] = {}
 
     def features(self, model: str) -> Features:
         return Features(
@@ -114,8 +114,9 @@ class Adapter(HTTPAdapter):
         }
         status, body = await self.try_post("chat/completions", msgspec.json.encode(asked), PROBE_S)
         says = read_fault(body).message
-        if status == 400 and (_NO_TOOLS.search(says) or "max_tokens" in says):
-            self._calls_tools[model] = not _NO_TOOLS.search(says)
+        if 0 < status < 500:
+            is_told = _NO_TOOLS.search(says) or "max_tokens" in says
+            self._calls_tools[model] = not _NO_TOOLS.search(says) if is_told else None
 
     async def count(self, endpoint: Endpoint, request: Payload[Any], model: str) -> int:
         """Tokens of the prompt, as `/tokenize` says. Raises a GatewayError where that cannot be told."""

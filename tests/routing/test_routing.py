@@ -14,6 +14,7 @@ from gateway.call import Call
 from gateway.errors import InvalidRequest, Overloaded, UpstreamFailed, UpstreamUnreachable
 from gateway.models import Models
 from gateway.routing import Router
+from gateway.routing.router import MAX_HELD
 from gateway.schema.chat import ChatChunk, ChunkChoice, Delta
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import CHAT
@@ -443,6 +444,15 @@ async def test_a_client_that_leaves_gives_back_all_it_held() -> None:
     await answer.aclose()
     assert (router.in_flight, router.retrying, [s.in_flight for s in router.standings()]) == (0, 0, [0, 0])
     assert endless.closed == 1
+
+
+async def test_what_is_held_back_is_bounded() -> None:
+    endless = ScriptedAdapter(*(role(tokens=1) for _ in range(MAX_HELD + 5)), UpstreamFailed("boom"))
+    spare = ScriptedAdapter(WHOLE)
+    async with scripted(endless, spare) as house:
+        events = events_of((await house.post(STREAM)).content)
+    assert "error" in events[-1]
+    assert spare.calls == 0
 
 
 async def test_a_full_target_does_not_eat_the_retries_of_all() -> None:
