@@ -102,10 +102,14 @@ class Repair(Struct, frozen=True):
 
 
 class UpstreamFacts(Struct, frozen=True, kw_only=True):
-    """What a probe found out: `kind` is a name to print; `repairs`, what its adapter puts right of its deviations."""
+    """
+    What a probe found out: `kind` is a name to print; `max_concurrent`, how many requests it takes at a time, where it
+    tells; `repairs`, what its adapter puts right of its deviations.
+    """
 
     kind: str
     version: str | None = None
+    max_concurrent: int | None = None
     models: list[ModelFacts] = []
     repairs: tuple[Repair, ...] = ()
 

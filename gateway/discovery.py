@@ -129,6 +129,8 @@ def describe(facts: UpstreamFacts) -> str:
     if len(facts.models) > MOST_NAMED:
         models.append(f"and {len(facts.models) - MOST_NAMED} more")
     said = [", ".join(models) or "tells no models"]
+    if facts.max_concurrent is not None:
+        said[0] += f", {facts.max_concurrent} requests at a time"
     features = Features()
     for model in facts.models:
         features = _either(features, model.features)

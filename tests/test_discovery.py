@@ -161,6 +161,7 @@ PROPS = {
     "default_generation_settings": {"n_ctx": 4096, "params": {}},
     "modalities": {"vision": True, "audio": False},
     "build_info": "b6123-abc",
+    "total_slots": 4,
 }
 
 
@@ -179,7 +180,7 @@ PROPS = {
         ),
         pytest.param(
             {"/v1/models": listed("llamacpp", "m"), "/props": PROPS},
-            "llama.cpp b6123-abc: m (4096 tokens); images ✓",
+            "llama.cpp b6123-abc: m (4096 tokens), 4 requests at a time; images ✓",
             id="llama.cpp",
         ),
         pytest.param(

@@ -43,6 +43,7 @@ class _ServerInfo(Struct):
 
     version: str | None = None
     context_length: int | None = None
+    max_running_requests: int | None = None
 
 
 class _Generation(Struct):
@@ -53,6 +54,7 @@ class _Props(Struct):
     """llama.cpp's `/props`."""
 
     build_info: str | None = None
+    total_slots: int | None = None
     default_generation_settings: _Generation = msgspec.field(default_factory=_Generation)
     modalities: dict[str, bool] = {}
 
@@ -99,14 +101,14 @@ class Probe:
     async def _sglang(self, facts: UpstreamFacts) -> UpstreamFacts:
         info = await self._told(_ServerInfo, "../get_server_info")
         models = [replace(model, context_tokens=model.context_tokens or info.context_length) for model in facts.models]
-        return replace(facts, version=info.version, models=models)
+        return replace(facts, version=info.version, max_concurrent=info.max_running_requests, models=models)
 
     async def _llamacpp(self, facts: UpstreamFacts) -> UpstreamFacts:
         props = await self._told(_Props, "../props")
         context = props.default_generation_settings.n_ctx
         features = Features(vision=props.modalities.get("vision"), audio=props.modalities.get("audio"))
         models = [replace(model, context_tokens=context, features=features) for model in facts.models]
-        return replace(facts, version=props.build_info, models=models)
+        return replace(facts, version=props.build_info, max_concurrent=props.total_slots, models=models)
 
     async def _ollama(self, facts: UpstreamFacts) -> UpstreamFacts:
         version = await self._told(_Version, "../api/version")

@@ -38,6 +38,7 @@ class _Info(Struct):
     version: str | None = None
     max_total_tokens: int | None = None
     max_stop_sequences: int = 4
+    max_concurrent_requests: int | None = None
 
 
 class _Templated(Struct):
@@ -124,7 +125,13 @@ class Adapter(HTTPAdapter):
         self._max_stops = info.max_stop_sequences
         features = self.features(info.model_id)
         facts = ModelFacts(id=info.model_id, context_tokens=info.max_total_tokens, features=features)
-        return UpstreamFacts(kind="TGI", version=info.version, models=[facts], repairs=REPAIRS)
+        return UpstreamFacts(
+            kind="TGI",
+            version=info.version,
+            max_concurrent=info.max_concurrent_requests,
+            models=[facts],
+            repairs=REPAIRS,
+        )
 
     # The dialect.
 

@@ -80,6 +80,7 @@ class Adapter(HTTPAdapter):
             tools=self._calls_tools.get(model),
             logprobs=True,
             json_schema=True,
+            vision=self._options.vision,
             audio=self._options.audio,
             files=False,
             usage_on_abort=True,

@@ -53,12 +53,14 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
     `options` of an upstream with the adapter `vllm`.
 
-    `cache_salt`: prefixes are shared within a tenant only. `audio`: the model takes it. `fetch_images`: images may be
-    at other URLs than `data:`, for vLLM to fetch. `defaults`: what is sent where a request leaves it out; with {} that
-    is what the model's own `generation_config` says.
+    `cache_salt`: prefixes are shared within a tenant only. `vision`, `audio`: the model takes them; where it is not
+    said of images, vLLM itself refuses them. `fetch_images`: images may be at other URLs than `data:`, for vLLM to
+    fetch. `defaults`: what is sent where a request leaves it out; with {} that is what the model's own
+    `generation_config` says.
     """
 
     cache_salt: bool = False
+    vision: bool | None = None
     audio: bool = False
     fetch_images: bool = False
     defaults: dict[str, float] = msgspec.field(default_factory=lambda: dict(DEFAULTS))
