@@ -205,6 +205,19 @@ async def test_a_target_that_keeps_failing_is_left_alone_and_comes_back() -> Non
         assert (await both.house.post()).json()["choices"][0]["message"]["content"] == "first"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_in_between_forgives_the_failures_before_it(stream: bool) -> None:
+    well = stream_reply(*hello_stream()) if stream else WELL
+    async with pair(json_reply(FAILURE, 500), well) as both:
+        for _ in range(3):
+            for _ in range(4):
+                assert (await both.house.post(HELLO | {"stream": stream})).status_code == 200
+            both.first.script = well
+            assert (await both.house.post(HELLO | {"stream": stream})).status_code == 200
+            both.first.script = json_reply(FAILURE, 500)
+        assert both.asked == (15, 12)
+
+
 async def test_a_target_whose_streams_never_end_properly_is_left_alone() -> None:
     unfinished = stream_reply(chunk(ROLE), chunk({"content": "Hel"}), DONE)
     async with pair(unfinished, stream_reply(*hello_stream())) as both:
