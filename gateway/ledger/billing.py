@@ -1,7 +1,6 @@
 """What is recorded of a call, and what is it billed? The one place where a record is made from a call."""
 
 import asyncio
-from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
@@ -43,9 +42,7 @@ def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> Usag
     if first_at is not None:
         record.ttft_ms = int((first_at - started) * 1000)
     record.total_ms = int((call.clock() - started) * 1000)
-    if call.attempts:
-        record.target = call.attempts[-1].target.label
-        record.attempts = _told(call.attempts, record)
+    expected = record.prompt_tokens
     answered = exc is None or first_at is not None or not isinstance(exc, GatewayError)
     usage = call.usage if answered else None  # an upstream that failed before it said anything is paid nothing
     if usage is None:
@@ -55,6 +52,9 @@ def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> Usag
         _count_in(record, usage)
         record.usage_source = "counted" if call.reckoned else "upstream"
     _charge(record, call.hits_cost if hit else "full")
+    if call.attempts:
+        record.target = call.attempts[-1].target.label
+        record.attempts = _told(call, record, Usage(prompt_tokens=record.prompt_tokens or expected))
     call.saved_nano = record.saved_nano
     return record
 
@@ -118,20 +118,23 @@ class _Tried(Struct, gc=False, omit_defaults=True):
 _encode_json = msgspec.json.Encoder().encode
 
 
-def _told(attempts: Sequence[Attempt], record: UsageRecord) -> str:
-    return _encode_json([_tried(attempt, record) for attempt in attempts]).decode()
+def _told(call: Call, record: UsageRecord, expected: Usage) -> str:
+    delivered = None if call.first_at is None else call.attempts[-1]  # what it used is in the bill, however it ended
+    tried = [_tried(attempt, record, None if attempt is delivered else expected) for attempt in call.attempts]
+    return _encode_json(tried).decode()
 
 
-def _tried(attempt: Attempt, record: UsageRecord) -> _Tried:
+def _tried(attempt: Attempt, record: UsageRecord, wasted: Usage | None) -> _Tried:
     error = attempt.error
     tried = _Tried(attempt.target.label, int((attempt.ended - attempt.started) * 1000))
     if error is not None:
         tried.error = type(error).code or type(error).type
-        if isinstance(error, UpstreamFailed | UpstreamTimeout):  # it may have read the prompt
-            used = attempt.usage or Usage(prompt_tokens=record.prompt_tokens)
-            tried.wasted_tokens = used.prompt_tokens + used.completion_tokens
+        if wasted is not None and isinstance(error, UpstreamFailed | UpstreamTimeout):  # it may have read the prompt
+            used = attempt.usage or wasted
+            prompt, completion = a_count(used.prompt_tokens), a_count(used.completion_tokens)
+            tried.wasted_tokens = prompt + completion
             prices = record.prices
-            tried.wasted_nano = 0 if prices is None else prices.cost_nano(used.prompt_tokens, 0, used.completion_tokens)
+            tried.wasted_nano = 0 if prices is None else prices.cost_nano(prompt, 0, completion)
     return tried
 
 

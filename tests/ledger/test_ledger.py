@@ -11,7 +11,7 @@ from gateway import settings
 from gateway.errors import ContextLengthExceeded, LedgerFull, UpstreamFailed, UpstreamUnreachable
 from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import CompletionTokensDetails, PromptTokensDetails, Usage
-from tests.ledger.calls import a_call, rows_at, sqlite_at
+from tests.ledger.calls import a_call, ask, rows_at, sqlite_at
 
 pytestmark = pytest.mark.anyio
 
@@ -148,3 +148,48 @@ async def test_an_upstream_that_fails_before_it_said_anything_is_paid_nothing(tm
         0,
         0,
     )
+
+
+async def test_a_request_is_in_the_hour_in_which_the_store_admitted_it(tmp_path: Path) -> None:
+    """Which may be another than by our clock: then a quota that is read anew has what was reserved from it."""
+    midnight_ms = 1_793_491_200_000
+    call = a_call(Usage(prompt_tokens=10))
+    call.admitted_ms = midnight_ms
+    async with ledger_at(tmp_path) as ledger:
+        ledger.entry(call).close(None)
+
+    (row,) = rows_at(tmp_path)
+    assert row["started_ms"] == midnight_ms
+    assert [hour["hour"] for hour in ask(tmp_path, "SELECT hour FROM usage_hour")] == [midnight_ms // 1000]
+
+
+@pytest.mark.parametrize(("said", "counted"), [(-1, 0), (2**31, 2**31 - 1), (2**70, 2**31 - 1)])
+async def test_what_no_request_can_have_used_is_not_believed(said: int, counted: int, tmp_path: Path) -> None:
+    async with ledger_at(tmp_path) as ledger:
+        ledger.entry(a_call(Usage(prompt_tokens=said, completion_tokens=said))).close(None)
+
+    (row,) = rows_at(tmp_path)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (counted, counted)
+
+
+async def test_more_from_the_cache_than_there_was_is_not_believed(tmp_path: Path) -> None:
+    usage = Usage(prompt_tokens=10, prompt_tokens_details=PromptTokensDetails(cached_tokens=1000))
+    async with ledger_at(tmp_path) as ledger:
+        ledger.entry(a_call(usage)).close(None)
+
+    (row,) = rows_at(tmp_path)
+    assert (row["cached_tokens"], row["cost_nano"]) == (10, 10 * 500)
+
+
+async def test_names_of_any_length_find_room_in_the_journal(tmp_path: Path) -> None:
+    long = "名" * 5000
+    ledger = open_ledger(sqlite_at(tmp_path))
+    entry = ledger.entry(a_call(Usage(prompt_tokens=10), model=long))
+    entry.close(None)
+    ledger.entry(a_call(Usage(prompt_tokens=10), model=long))
+    ledger.close()  # as a crash does
+    async with ledger_at(tmp_path):
+        pass
+
+    assert [row["outcome"] for row in rows_at(tmp_path)] == ["completed", "abandoned"]
+    assert all(long.startswith(row["model"]) and row["model"] for row in rows_at(tmp_path))
