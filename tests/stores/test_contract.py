@@ -87,6 +87,15 @@ async def test_what_can_never_pass_has_no_wait(store: LimitStore, clock: Clock) 
     assert (await store.admit(asking(Plan("t", (Lease("key:b", 0),)), clock))).wait_ms is None
 
 
+async def test_never_is_longer_than_any_wait(store: LimitStore, clock: Clock) -> None:
+    hourly = Window("key:a", "requests", 1, 60 * MINUTE)
+    for plan in (Plan("t", (hourly, TPM)), Plan("t", (TPM, hourly))):
+        await store.admit(asking(plan, clock))
+        answer = await store.admit(asking(plan, clock, 101))
+        assert answer.denied is not None
+        assert (plan.rules[answer.denied], answer.wait_ms) == (TPM, None)
+
+
 async def test_a_refused_request_takes_nothing_from_anyone(store: LimitStore, clock: Clock) -> None:
     plan = Plan("t", (RPM, TPM, AT_ONCE, PER_DAY, MONEY))
     before = await store.admit(asking(plan, clock, 60, 600))

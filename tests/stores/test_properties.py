@@ -367,6 +367,7 @@ class Replicas(Machine):
         self.abandoned: set[str] = set()
         self.before_loss: dict[tuple[str, str, int], Log] = {}
         self.lost_ms = 0
+        self.journals: list[Request] = []
 
     def reservation(self, request: Request, replica: int) -> Reservation:
         plan = self.plans[replica][request.plan]
@@ -446,6 +447,9 @@ class Replicas(Machine):
 
     @rule()
     def redis_forgets_everything(self) -> None:
+        for request in self.journals:  # one fault at a time: what the dead had on record is written by now
+            self.write(request)
+        self.journals.clear()
         self.client.flushall()
         now = self.clock.now_ms
         if any(log.within(now, span) for (_, _, span), log in self.before_loss.items()):
@@ -462,6 +466,8 @@ class Replicas(Machine):
         for index, request in enumerate(self.settled()):
             if request.settled_ms <= self.lost_ms and self.owner[request.request_id] == replica:
                 self.is_recorded(index)  # one fault at a time: it has made up for the loss before it crashes
+            if request.seq is None and self.owner[request.request_id] == replica:
+                self.journals.append(request)
         self.run(_let_go(self.replicas[replica]))
         self.abandoned |= {r.request_id for r in self.mine() if self.owner[r.request_id] == replica}
         self.replicas[replica] = self.replica()

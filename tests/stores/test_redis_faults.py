@@ -200,6 +200,26 @@ def contents(redis: RedisServer) -> dict[str, bytes]:
     return {key: redis.said("DUMP", key) for key in keys if not key.endswith(":m")}
 
 
+async def test_what_is_settled_and_recorded_leaves_its_counters_and_for_a_while_its_mark(redis: RedisServer) -> None:
+    redis.said("FLUSHALL")
+    plan = plan_of()
+    async with store_at(redis.url) as store:
+        reservation = asking(plan)
+        await store.admit(reservation)
+        assert kinds(redis) == {"w", "r", "rz", "m"}
+        store.settle(reservation, Costs(5), exact=True, event=b"row")
+        store.recorded({reservation.request_id: 1})
+        await store.delivered()
+        assert kinds(redis) == {"w", "r", "u", "m"}
+        assert redis.said("XLEN", next(key for key in contents(redis) if key.endswith(":u"))) == b":0\r\n"
+        mark = next(key for key in contents(redis) if ":r:" in key)
+        assert 200 < int(redis.said("TTL", mark)[1:]) <= 300
+
+
+def kinds(redis: RedisServer) -> set[str]:
+    return {key.split(":")[2] for key in redis.said("KEYS", "*").decode().splitlines() if key.startswith("{g1:")}
+
+
 async def test_names_do_not_enter_keys(redis: RedisServer) -> None:
     plan = plan_of(slot="key:ich@example.com")
     async with store_at(redis.url) as store:

@@ -229,7 +229,7 @@ class Settlements:
     async def delivered(self) -> None:
         """Returns when nothing that was settled or recorded is on its way."""
         await asyncio.sleep(0)  # what was recorded leaves with this turn of the loop
-        while self._dropping or any(not settling.delivered for settling in self._known.values()):
+        while self._dropping or self._events or any(not settling.delivered for settling in self._known.values()):
             self._progress.clear()
             await self._progress.wait()
         await asyncio.gather(*self._charging)
