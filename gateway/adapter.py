@@ -523,13 +523,14 @@ async def _read(response: httpx2.Response, limit: int) -> bytes:
 
 async def _read_some(response: httpx2.Response, limit: int) -> bytes:
     """The body, or its beginning of just over *limit* bytes: a long error is still the error that its status says."""
-    body = bytearray()
+    blocks: list[bytes] = []
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     async for block in response.stream:
-        body += block
-        if len(body) > limit:
+        blocks.append(block)
+        limit -= len(block)
+        if limit < 0:
             break
-    return bytes(body)
+    return b"".join(blocks)
 
 
 def load_adapter(upstream: Upstream) -> Adapter:
