@@ -12,6 +12,7 @@ from gateway.errors import ContextLengthExceeded, LedgerFull, UpstreamFailed, Up
 from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import CompletionTokensDetails, PromptTokensDetails, Usage
 from tests.ledger.calls import a_call, ask, rows_at, sqlite_at
+from tests.served import until
 
 pytestmark = pytest.mark.anyio
 
@@ -92,7 +93,7 @@ async def test_used_is_what_the_ledger_sums_for_a_scope(tmp_path: Path) -> None:
         ledger.committed = lambda _: told.set()
         with ledger.entry(a_call(Usage(prompt_tokens=10, completion_tokens=5))):
             pass
-        await told.wait()
+        await asyncio.wait_for(told.wait(), 20)
 
         for scope in ("key:alice-app", "user:alice", "team:red", "key:alice-app/model:smart"):
             assert await ledger.used(scope, "tokens", 0) == (15, 1)
@@ -157,6 +158,9 @@ async def test_a_request_is_in_the_hour_in_which_the_store_admitted_it(tmp_path:
     call.admitted_ms = midnight_ms
     async with ledger_at(tmp_path) as ledger:
         ledger.entry(call).close(None)
+        await until(lambda: ledger.backlog == 0)
+        assert await ledger.used("team:red", "tokens", midnight_ms) == (10, 1)
+        assert await ledger.used("team:red", "tokens", midnight_ms + 3_600_000) == (0, 1)
 
     (row,) = rows_at(tmp_path)
     assert row["started_ms"] == midnight_ms
