@@ -4,6 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
+from operator import attrgetter
 
 from msgspec import Struct
 
@@ -188,7 +189,8 @@ class MemoryStore:
                 counter = self._counters.get(key)
                 if counter is None:
                     counter = self._counters[key] = kind(rule)
-                plan.prepared.append(_Counted(rule, counter, key not in seen))
+                cost = _one if isinstance(rule, Lease) else attrgetter(rule.metric)
+                plan.prepared.append(_Counted(rule, counter, key not in seen, cost))
                 seen.add(key)
         counted: list[_Counted] = plan.prepared
         return counted
@@ -209,6 +211,10 @@ def _figures(counted: "list[_Counted]", now: int) -> Decision:
     """What is left of each rule."""
     remaining = [max(0, one.rule.limit - one.counter.used(now)) for one in counted]
     return Decision(remaining, [one.counter.reset_ms(now) for one in counted], at_ms=now)
+
+
+def _one(costs: Costs) -> int:
+    return 1
 
 
 def _longest(wait: int | None) -> float:
@@ -301,6 +307,8 @@ class _WindowCounter(_Counter):
     def _turn(self, now: int) -> int:
         """Forget the buckets that have left the window; the current one. It never turns back, clocks do."""
         current = now // self._size
+        if current == self._turned:
+            return current
         if current < self._turned - BUCKETS:  # so far that all of it would be held for long: count it as of now
             self._buckets = {current: self._used}
             self._turned = self._written = current
@@ -313,13 +321,15 @@ class _WindowCounter(_Counter):
 
 
 class _LeaseCounter(_Counter):
+    """Leases in the order in which they end, but for a clock that steps back: then they may end a little late."""
+
     def __init__(self, rule: Lease) -> None:
         self._lasts_ms = rule.lease_ms
         self._ends: dict[str, int] = {}
 
     def used(self, now: int) -> int:
-        for request_id in [request_id for request_id, end in self._ends.items() if end <= now]:
-            del self._ends[request_id]
+        while self._ends and self._ends[first := next(iter(self._ends))] <= now:
+            del self._ends[first]
         return len(self._ends)
 
     def wait_ms(self, cost: int, limit: int, now: int) -> int | None:
@@ -339,6 +349,7 @@ class _LeaseCounter(_Counter):
         return True
 
     def renew(self, request_id: str, now: int) -> None:
+        self._ends.pop(request_id, None)
         self._ends[request_id] = now + self._lasts_ms
 
 
@@ -348,16 +359,18 @@ class _QuotaCounter(_Counter):
     def __init__(self, rule: Quota) -> None:
         self._rule = rule
         self._start = -1
+        self._end = -1
         self._used = 0
         self._watermark = -1
         self._epoch = 0
 
     def known(self, now: int) -> bool:
-        return self._start >= period(self._rule, now)[0]  # later: the clock has stepped back
+        return now < self._end  # also before its start: then the clock has stepped back
 
     def seed(self, start: int, used: int, watermark: int) -> None:
         if start > self._start:
-            self._start, self._used, self._watermark = start, used, watermark
+            self._start, self._end = period(self._rule, start)
+            self._used, self._watermark = used, watermark
             self._epoch += 1
 
     def used(self, now: int) -> int:
@@ -369,7 +382,7 @@ class _QuotaCounter(_Counter):
         return None if cost > limit else self.reset_ms(now)
 
     def reset_ms(self, now: int) -> int:
-        return period(self._rule, now)[1] - now
+        return (self._end if self._start <= now < self._end else period(self._rule, now)[1]) - now
 
     def take(self, request_id: str, cost: int, now: int, admitted: int) -> Mark | None:
         if not self.known(now) or self._start > admitted:
@@ -394,10 +407,8 @@ class _Counted(Struct):
     rule: Rule
     counter: _Counter
     first: bool
-
-    def cost(self, costs: Costs) -> int:
-        """What of *costs* counts for this rule."""
-        return 1 if isinstance(self.rule, Lease) else int(getattr(costs, self.rule.metric))
+    cost: Callable[[Costs], int]
+    """What of a request's costs counts for this rule."""
 
     def period(self, at_ms: int) -> int:
         """When the period began that *at_ms* is in; 0 where there are no periods."""

@@ -342,6 +342,23 @@ async def test_a_stray_that_lost_its_reservation_is_charged_by_whoever_records_i
         assert (await second.admit(asking(Plan(scope, plan.rules), 0))).remaining == [970]
 
 
+async def test_what_two_replicas_record_is_charged_once(redis: RedisServer) -> None:
+    redis.said("FLUSHALL")
+    ledger, scope = Ledger(), next(slots)
+    plan = Plan(scope, (Quota(scope, "tokens", 1_000, "month"),))
+    async with store_at(redis.url, ledger) as first, store_at(redis.url, ledger) as second:
+        await first.admit(asking(plan, 0))
+        lost = asking(plan)
+        first.settle(lost, Costs(30), exact=True, event=b"row")
+        await first.delivered()
+        [stray] = await second.strays()
+        seq = ledger.add(scope, time.time_ns() // 1_000_000, 30)
+        for replica in (first, second):
+            replica.recorded({stray.request_id: seq})
+            await replica.delivered()
+        assert (await first.admit(asking(plan, 0))).remaining == [970]
+
+
 async def test_what_was_settled_before_redis_forgot_all_and_recorded_after_is_counted(own_redis: RedisServer) -> None:
     ledger, scope = Ledger(), next(slots)
     plan = Plan(scope, (Quota(scope, "tokens", 1_000, "month"),))
