@@ -79,6 +79,7 @@ def _locked(path: Path) -> int:
     """A descriptor that holds the lock, for as long as it is open."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # what SQLite makes, others can read
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise SettingsError(f"the ledger cannot be kept in {path}: {exc.strerror}") from None

@@ -249,3 +249,12 @@ async def test_a_copy_can_be_made_while_it_runs(tmp_path: Path) -> None:
         ask(tmp_path, f"VACUUM INTO '{tmp_path}/copy/ledger.db'")
 
     whole(tmp_path / "copy", posted)
+
+
+def test_nobody_else_can_read_it(tmp_path: Path) -> None:
+    ledger = open_ledger(sqlite_at(tmp_path))
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.rglob("*") if file.is_file()}
+    ledger.close()
+
+    assert set(modes.values()) == {"0o600"}
+    assert {"ledger.db", "ledger.db.lock"} <= modes.keys()
