@@ -80,6 +80,16 @@ async def test_a_redis_that_is_not_there_at_the_start_is_found_when_it_comes() -
             assert (await store.admit(asking(plan_of()))).denied is None
 
 
+async def test_a_server_that_hangs_up_on_everyone_is_tried_until_it_does_not() -> None:
+    port = free_port()
+    async with proxy_to(port) as proxy, store_at(f"redis://127.0.0.1:{proxy.port}", timeout_s=1) as store:
+        assert not store.available
+        await until(lambda: proxy.connections > 2)
+        with redis_server(port=port):
+            await until(lambda: store.available)
+            assert (await store.admit(asking(plan_of()))).denied is None
+
+
 async def test_when_redis_dies_no_request_waits_long_and_what_was_settled_arrives_when_it_is_back(
     own_redis: RedisServer,
 ) -> None:

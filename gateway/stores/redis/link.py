@@ -58,7 +58,10 @@ class Link(asyncio.Protocol):
 
     def send(self, commands: list[bytes], asked: list[Answered]) -> None:
         """One write for all of them."""
-        assert self._transport is not None
+        if self._transport is None:
+            for answered in asked:
+                answered(Lost("the server closed the connection", sent=False))
+            return
         self._asked.extend(asked)
         self._batches.append((len(asked), self._loop.time()))
         if len(self._batches) == 1:
