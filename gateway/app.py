@@ -64,7 +64,7 @@ def create_app(
     if adapters is None:
         adapters = load_adapters(settings)
     models = Models(settings, adapters)
-    ledger = ledger or open_ledger(settings.database)
+    ledger = ledger or open_ledger(settings.database, alone=settings.has_limits and settings.store.url is None)
     store = store or _store(settings, ledger)
     ledger.committed = store.recorded
     telemetry.metrics.watch("store", store.counts)

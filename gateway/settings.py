@@ -310,6 +310,16 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cache: Answers = Answers()
     database: Database = Database()
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether anything is counted that several gateways would have to count together."""
+        auth = self.auth
+        of_holders: list[Key | Group] = [*auth.keys, *auth.teams.values(), *auth.users.values()]
+        general = [self.limits, *(model.limits for model in self.models.values())]
+        return any(holder.limits != LimitsByModel() for holder in of_holders) or any(
+            limits != Limits() for limits in general
+        )
+
 
 def load(path: Path) -> Settings:
     """Raises SettingsError for the first fault found."""

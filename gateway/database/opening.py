@@ -13,11 +13,11 @@ from gateway.database.sqlite import SQLite
 from gateway.settings import SettingsError
 
 
-def open_database(database: settings.Database) -> Database:
-    """Not prepared yet. Raises SettingsError."""
+def open_database(database: settings.Database, *, alone: bool = False) -> Database:
+    """Not prepared yet; *alone* is for a gateway without a store. Raises SettingsError."""
     url = _url(database)
     if url.get_backend_name() == "postgresql":
-        return PostgreSQL(url)
+        return PostgreSQL(url, alone=alone)
     return SQLite(_path(url))
 
 

@@ -12,7 +12,7 @@ from gateway.database.record import UsageRecord
 from gateway.database.sql import Statements, translated, translating, used
 from gateway.settings import SettingsError
 
-WRITING, MIGRATING = 0x5375_6972_6F6E_0001, 0x5375_6972_6F6E_0002
+WRITING, MIGRATING, COUNTING = 0x5375_6972_6F6E_0001, 0x5375_6972_6F6E_0002, 0x5375_6972_6F6E_0003
 """Names of advisory locks, which are numbers."""
 OPTIONS = "-c statement_timeout=10s -c lock_timeout=8s -c idle_in_transaction_session_timeout=30s"
 CONNECTION = {
@@ -29,9 +29,15 @@ CONNECTION = {
 
 
 class PostgreSQL:
-    """Raises SettingsError where there is no driver for it."""
+    """
+    Raises SettingsError where there is no driver for it.
 
-    def __init__(self, url: URL) -> None:
+    *alone* is for a gateway that counts its limits by itself: then no second such one may use this database.
+    """
+
+    def __init__(self, url: URL, *, alone: bool = False) -> None:
+        self._alone = alone
+        self._claim: Connection | None = None
         self._name = f"the database {url.database} on {url.host or 'this machine'}"
         try:
             self._engine = create_engine(
@@ -52,6 +58,8 @@ class PostgreSQL:
             with self._engine.begin() as connection:
                 _lock(connection, MIGRATING)
                 migrate(connection, self._name)
+            if self._alone and self._claim is None:
+                self._claim = self._claimed()
         except SQLAlchemyError as exc:
             raise DatabaseUnavailable(f"{self._name}: {translated(exc)}") from exc
         self._prepared = True
@@ -71,7 +79,20 @@ class PostgreSQL:
             return used(connection, kind, name, model, metric, since_ms)
 
     def close(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
         self._engine.dispose()
+
+    def _claimed(self) -> Connection:
+        """A connection that holds our claim as long as it lives."""
+        claim = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if not claim.execute(select(func.pg_try_advisory_lock(COUNTING))).scalar_one():
+            claim.close()
+            raise SettingsError(
+                f"{self._name} is used by another gateway, and each would count limits by itself: "
+                "name a Redis for both, under store.url"
+            )
+        return claim
 
 
 def _lock(connection: Connection, name: int) -> None:

@@ -206,17 +206,18 @@ class Ledger:
         return int(self._clock() * 1000)
 
 
-def open_ledger(database: settings.Database) -> Ledger:
+def open_ledger(database: settings.Database, *, alone: bool = False) -> Ledger:
     """
     The ledger of the configured database, with what dead processes left in its journals.
 
-    A PostgreSQL that is away is waited for. Raises SettingsError where it can never be written to.
+    A PostgreSQL that is away is waited for. Raises SettingsError where it can never be written to; and, for who counts
+    limits *alone*, where another gateway that does so uses it.
     """
     if database.url is None:
         return Ledger()
     from gateway.database.opening import identity, journal_directory, open_database  # SQLAlchemy has 30 MB
 
-    opened = open_database(database)
+    opened = open_database(database, alone=alone)
     try:
         slots = database.journal_mib * SLOTS_A_MIB
         _prepare(opened, slots)

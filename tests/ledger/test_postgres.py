@@ -112,6 +112,16 @@ async def test_requests_are_rows_and_sums(database: PostgresDatabase) -> None:
     whole(database, set(told))
 
 
+async def test_a_second_gateway_that_counts_limits_by_itself_is_refused(database: PostgresDatabase) -> None:
+    async with open_ledger(database.settings(), alone=True).running():
+        with pytest.raises(SettingsError, match="name a Redis for both"):
+            open_ledger(database.settings(), alone=True)
+        async with open_ledger(database.settings()).running():
+            """One that counts elsewhere may."""
+    async with open_ledger(database.settings(), alone=True).running():
+        """The claim ends with who made it."""
+
+
 async def test_a_server_killed_under_load_costs_no_request_and_no_row(database: PostgresDatabase) -> None:
     async with a_ledger(database.settings()) as ledger:
         async with Traffic(ledger) as traffic:
