@@ -4,10 +4,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+import msgspec
+
 from gateway.database.record import decode
 from gateway.ledger import Ledger, LedgerUnavailable
 from gateway.limits import Limiter, settlement
-from gateway.stores import LimitStore, StoreUnavailable
+from gateway.stores import LimitStore, Reservation, StoreUnavailable
 from gateway.tokens import Tokens
 
 BEAT_S = 10
@@ -59,9 +61,17 @@ class Upkeep:
 
     async def _sweep(self) -> None:
         for reservation in await self._store.overdue():
-            record = decode(self._ledger.abandoned(reservation.intent, reservation.progress))
-            actual, exact, event = settlement(record)
-            self._store.settle(reservation, actual, exact=exact, event=event)
-            self._store.recorded(await self._ledger.ingest([event]))
+            await self._finish(reservation)
         if strays := await self._store.strays():
             self._store.recorded(await self._ledger.ingest([stray.event for stray in strays]))
+
+    async def _finish(self, reservation: Reservation) -> None:
+        try:
+            record = decode(self._ledger.abandoned(reservation.intent, reservation.progress))
+        except msgspec.MsgspecError:
+            logger.error("what request %s was about to do cannot be read: it is let go", reservation.request_id)
+            self._store.settle(reservation, reservation.costs, exact=False)
+            return
+        actual, exact, event = settlement(record)
+        self._store.settle(reservation, actual, exact=exact, event=event)
+        self._store.recorded(await self._ledger.ingest([event]))
