@@ -157,32 +157,25 @@ async def test_concurrency_holds_over_both_and_comes_back_when_one_is_killed(
 ) -> None:
     async with pair(tmp_path, database, {"concurrent_requests": 6}) as both:
         both.mock.gate.clear()
-        asking = [asyncio.create_task(both.ask(number)) for number in range(12)]
-        refused = [task for task in asking if (await _ended(task, both)) == 429]
-        assert len(refused) == 6
+        asking = [asyncio.create_task(both.ask(number)) for number in range(6)]  # three of each
+        await until(lambda: len(both.mock.given) == 6)
+        assert await both.ask_all(6) == {429: 6}
         killed, left = both.replicas
         killed.signal(signal.SIGKILL)
         await killed.process.wait()
         both.replicas = [left]
         both.mock.gate.set()
         answers = await asyncio.gather(*asking, return_exceptions=True)
-        cut = sum(isinstance(answer, Exception) for answer in answers)
-        assert 0 < cut < 6
+        assert sum(isinstance(answer, Exception) for answer in answers) == 3
         # the leases of the dead lapse after 30 s, and its requests are billed after 45
-        await until(lambda: both.outcomes()["abandoned"] == cut, within_s=90)
-        assert both.outcomes() == {"completed": 6 - cut, "abandoned": cut}
+        await until(lambda: both.outcomes()["abandoned"] == 3, within_s=90)
+        assert both.outcomes() == {"completed": 3, "abandoned": 3}
         both.mock.gate.clear()
-        again = [asyncio.create_task(both.ask(number)) for number in range(8)]
-        assert [await _ended(task, both) for task in again].count(429) == 2
+        again = [asyncio.create_task(both.ask(number)) for number in range(6)]
+        await until(lambda: len(both.mock.given) == 12)
+        assert await both.ask_all(2) == {429: 2}
         both.mock.gate.set()
         await asyncio.gather(*again)
-
-
-async def _ended(task: "asyncio.Task[httpx2.Response]", both: Pair) -> int | None:
-    """The status, where it is there before the gate opens; None for who waits at the upstream."""
-    await until(lambda: task.done() or len(both.mock.given) >= 6)
-    await asyncio.wait([task], timeout=1.0)
-    return task.result().status_code if task.done() else None
 
 
 async def test_a_flushed_redis_gives_nobody_a_new_quota(tmp_path: Path, database: Postgres) -> None:
