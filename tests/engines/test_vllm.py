@@ -31,7 +31,11 @@ CONTEXT_TOKENS = 4096
 MOST_REQUESTS = 6
 UNIT = {"type": "object", "properties": {"unit": {"enum": ["celsius"]}}, "required": ["unit"]}
 TOOL: Any = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": UNIT}}
-ENDLESS: Any = {"max_completion_tokens": 4000, "extra_body": {"ignore_eos": True}}
+LETTERS = make_tokenizer().convert_tokens_to_ids(list("abcdefghij"))
+ENDLESS: Any = {
+    "max_completion_tokens": 4000,
+    "extra_body": {"ignore_eos": True, "allowed_token_ids": LETTERS},  # of all its tokens, some end it all the same
+}
 QUIET_S = 1.5
 HASTY = Timeouts(first_token_s=1.5, idle_s=1.0)
 
@@ -287,11 +291,12 @@ async def test_a_full_server_is_a_503_and_a_client_that_leaves_makes_room(
 
 async def test_a_plain_request_whose_client_leaves_is_no_longer_worked_on(vllm: Engine, front: Front) -> None:
     await at_rest(vllm)
-    asking = asyncio.ensure_future(front.chat(**ENDLESS))
-    await until(lambda: _is(in_hand(vllm), 1))
-    asking.cancel()
-    async with asyncio.timeout(1):
-        await until(lambda: _is(in_hand(vllm), 0))
+    with vllm.frozen(*vllm.workers):  # so that it does not end before its client leaves
+        asking = asyncio.ensure_future(front.chat(**ENDLESS))
+        await until(lambda: _is(in_hand(vllm), 1))
+        asking.cancel()
+        async with asyncio.timeout(1):
+            await until(lambda: _is(in_hand(vllm), 0))
     await at_rest(vllm)
     made = await total(vllm.url, "vllm:generation_tokens_total")
     await asyncio.sleep(0.3)
@@ -309,11 +314,9 @@ async def test_an_aborted_stream_is_billed_for_what_was_generated(vllm: Engine, 
 
     Letters alone, since a token that is but a piece of a character is told with the next.
     """
-    letters = make_tokenizer().convert_tokens_to_ids(list("abcdefghij"))
-    asked = {**ENDLESS, "extra_body": {"ignore_eos": True, "allowed_token_ids": letters}}
     await at_rest(vllm)
     before = await total(vllm.url, "vllm:generation_tokens_total")
-    stream = await front.chat(stream=True, n=n, **asked)
+    stream = await front.chat(stream=True, n=n, **ENDLESS)
     chunks = aiter(stream)
     with vllm.frozen(*vllm.workers):
         with suppress(TimeoutError):
