@@ -63,12 +63,17 @@ def _notice_who_vanishes(listener: socket.socket, server: Server) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+GIL_S = 0.0002
+"""How long another thread, such as the one that writes the ledger, may keep the event loop from running on."""
+
+
 def run(app: ASGIApp, listener: socket.socket, settings: Server, shutdown: Shutdown) -> bool:
     """Serves until SIGINT or SIGTERM; whether it had come up."""
     gateway = Gateway(app, settings, shutdown, room=_room(settings))
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it again
     gc.set_threshold(*GC_THRESHOLDS)
+    sys.setswitchinterval(GIL_S)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.get_loop().add_signal_handler(signal.SIGTERM, gateway.stop)
         runner.get_loop().add_signal_handler(signal.SIGINT, gateway.stop, 0.0)  # whoever presses Ctrl-C waits for it
