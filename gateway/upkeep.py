@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from gateway.database.record import decode
+from gateway.database.record import decode, encode
 from gateway.ledger import Ledger, LedgerUnavailable
 from gateway.limits import Limiter, settlement
 from gateway.stores import LimitStore, Reservation, StoreUnavailable
@@ -72,6 +72,7 @@ class Upkeep:
             logger.error("what request %s was about to do cannot be read: it is let go", reservation.request_id)
             self._store.settle(reservation, reservation.costs, exact=False)
             return
-        actual, exact, event = settlement(record)
+        actual, exact = settlement(record)
+        event = encode(record)
         self._store.settle(reservation, actual, exact=exact, event=event)
         self._store.recorded(await self._ledger.ingest([event]))

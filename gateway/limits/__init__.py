@@ -1,5 +1,6 @@
 """How much may a key ask for? Reserved before dispatch in one round trip, settled after by what was used."""
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
@@ -97,10 +98,11 @@ class Limiter:
         if reservation is None:
             return
         self._forget(call)
-        actual, exact, event = settlement(record)
+        actual, exact = settlement(record)
         if call.degraded and self._shares is not None:
             self._shares.settle(reservation, actual, exact=exact)
-        self._store.settle(reservation, actual, exact=exact, event=event if self._records else b"")
+        event = encode(record) if self._records and record is not None else b""
+        self._store.settle(reservation, actual, exact=exact, event=event)
 
     async def beat(self) -> None:
         """Keep up what is under way: to be called every 10 s. Raises StoreUnavailable."""
@@ -130,6 +132,7 @@ class Limiter:
                 pass
             else:
                 self._shares = None
+                terms.seen_s = time.monotonic()
                 return decision
         call.degraded = True
         call.headers["x-suiron-enforcement"] = "degraded"
@@ -149,12 +152,11 @@ def _tell(call: Call, terms: Terms, decision: Decision) -> None:
         call.limits_hit += [(term.label, f"warned_{percent}") for term, percent, _ in warnings]
 
 
-def settlement(record: UsageRecord | None) -> tuple[Costs, bool, bytes]:
-    """What was taken, whether that is exact, and the row for whoever finds it unwritten."""
+def settlement(record: UsageRecord | None) -> tuple[Costs, bool]:
+    """What was taken, and whether that is exact."""
     if record is None:
-        return NOTHING, True, b""
-    costs = Costs(record.charged_tokens, record.cost_nano or 0)
-    return costs, record.usage_source in ("upstream", "none"), encode(record)
+        return NOTHING, True
+    return Costs(record.charged_tokens, record.cost_nano or 0), record.usage_source in ("upstream", "none")
 
 
 def _cap(call: Call) -> None:

@@ -1,5 +1,7 @@
 """What holds while the store is out of reach? Each limit by its own policy, on counters of this process."""
 
+import time
+
 import msgspec
 
 from gateway.errors import LimiterUnavailable
@@ -9,6 +11,9 @@ from gateway.stores.memory import MemoryStore, clock_ms, period
 
 GUARD_SHARE = 0.05
 """Of a quota, kept back: other replicas may have spent what this one has not seen."""
+
+
+LEASE_MS = 86_400_000
 
 
 class Shares:
@@ -41,15 +46,15 @@ class Shares:
 
     async def _begin(self, terms: Terms) -> Plan:
         """The rules of this outage. What others may have used already is taken from the first window at once."""
-        rules, seen = [], terms.seen
-        for index, term in enumerate(terms.terms):
-            rules.append(await self._share(term, None if seen is None else seen.remaining[index]))
+        rules, seen = [], [_still(terms, index) for index in range(len(terms.terms))]
+        for term, left in zip(terms.terms, seen, strict=True):
+            rules.append(await self._share(term, left))
         ours = Plan(terms.plan.slot, tuple(rules))
         plan = self._plans.setdefault(id(terms.plan), ours)
-        if plan is not ours or seen is None:
+        if plan is not ours:
             return plan
-        for index, rule in enumerate(plan.rules):
-            if isinstance(rule, Window) and not rule.shadow and (used := rule.limit - seen.remaining[index]) > 0:
+        for index, (rule, left) in enumerate(zip(plan.rules, seen, strict=True)):
+            if isinstance(rule, Window) and not rule.shadow and left is not None and (used := rule.limit - left) > 0:
                 spent = Costs(**{"requests": 0, rule.metric: used})
                 await self._memory.admit(Reservation(Plan(plan.slot, (rule,)), f"{index} of {id(plan)}", spent))
         return plan
@@ -60,8 +65,11 @@ class Shares:
             return msgspec.structs.replace(rule, shadow=True)
         if term.on_loss == "closed":
             raise LimiterUnavailable
-        if not isinstance(rule, Quota):
-            return msgspec.structs.replace(rule, limit=-(-rule.limit // self._replicas))
+        share = -(-rule.limit // self._replicas)
+        if isinstance(rule, Lease):  # nobody keeps it up here, and if this process dies, so does what it counts
+            return msgspec.structs.replace(rule, limit=share, lease_ms=LEASE_MS)
+        if isinstance(rule, Window):
+            return msgspec.structs.replace(rule, limit=share)
         left = await self._left(rule, seen)
         guard = int(rule.limit * GUARD_SHARE) if term.on_loss == "guard" else 0
         return msgspec.structs.replace(rule, limit=max(0, left - guard) // self._replicas)
@@ -75,6 +83,19 @@ class Shares:
                 raise LimiterUnavailable from None
             return seen
         return quota.limit - used if seen is None else min(quota.limit - used, seen)
+
+
+def _still(terms: Terms, index: int) -> int | None:
+    """What was left of a rule when the store was last heard; None if that was before its window or period began."""
+    rule, seen = terms.terms[index].rule, terms.seen
+    if seen is None:
+        return None
+    age_ms = int((time.monotonic() - terms.seen_s) * 1000)
+    if isinstance(rule, Quota):
+        is_over = period(rule, seen.at_ms + age_ms)[0] > seen.at_ms
+    else:
+        is_over = isinstance(rule, Window) and age_ms > rule.window_ms
+    return None if is_over else seen.remaining[index]
 
 
 async def _nothing(scope: str, metric: Metric, period_start_ms: int) -> tuple[int, int]:

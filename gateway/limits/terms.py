@@ -38,15 +38,16 @@ class Terms:
     """
     All that one key is under on one model: the plan for the store, and a term for each of its rules.
 
-    `seen` is what the store last said of them; None before it has.
+    `seen` is what the store last said of them, None before it has, and `seen_s` when, on the monotonic clock.
     """
 
-    __slots__ = ("ceiling_nano_usd", "ceiling_tokens", "plan", "seen", "strict", "terms")
+    __slots__ = ("ceiling_nano_usd", "ceiling_tokens", "plan", "seen", "seen_s", "strict", "terms")
 
     def __init__(self, slot: str, terms: tuple[Term, ...]) -> None:
         self.plan = Plan(slot, tuple(term.rule for term in terms))
         self.terms = terms
         self.seen: Decision | None = None
+        self.seen_s = 0.0
         self.strict = any(term.strict for term in terms)
         self.ceiling_tokens = _ceiling(terms, "tokens")
         self.ceiling_nano_usd = _ceiling(terms, "nano_usd")

@@ -1,6 +1,7 @@
 """Limits, as clients meet them: through the front door, on the store of one process."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ import openai
 import pytest
 
 from gateway.adapter import Adapter
+from gateway.auth import Principal
 from gateway.errors import UpstreamUnreachable
 from gateway.ledger import Ledger
+from gateway.limits.fallback import Shares
+from gateway.limits.terms import terms_of
 from gateway.schema.chat import AnswerMessage, ChatChoice, ChatChunk, ChatCompletion, ChunkChoice, Delta
 from gateway.schema.common import Usage
 from gateway.schema.payload import Part
 from gateway.settings import Settings, parse
-from gateway.stores import StoreUnavailable
+from gateway.stores import Costs, Decision, Reservation, StoreUnavailable
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry import Telemetry
 from tests.house import HELLO, KEY, House, ScriptedAdapter, completion, json_reply, running, upstream
@@ -336,6 +340,16 @@ async def test_what_was_used_up_before_the_outage_stays_used_up() -> None:
         assert [(await stage.ask()).status_code for _ in range(3)] == [200] * 3
         stage.store.available = False
         assert (await stage.ask()).status_code == 429
+
+
+async def test_what_was_used_up_in_a_window_that_is_over_holds_nobody_up() -> None:
+    settings = configured("requests_per_minute: 3")
+    terms = terms_of(settings, Principal("alice", "t", team="red"), "smart")
+    terms.seen = Decision(remaining=[0], reset_ms=[60_000], at_ms=NOON_MS)
+    for age_s, admitted in ((0, False), (61, True)):
+        terms.seen_s = time.monotonic() - age_s
+        decision = await Shares(1, Ledger().used).admit(terms, Reservation(terms.plan, "req_1", Costs()))
+        assert (decision.denied is None) == admitted
 
 
 async def test_a_quota_is_spent_up_to_the_guard() -> None:
