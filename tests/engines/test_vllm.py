@@ -45,6 +45,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     python = os.environ.get("SUIRON_VLLM_PYTHON")
     if python is None:
         pytest.fail("SUIRON_VLLM_PYTHON is not set")
+    python = str(Path(python).absolute())  # the engine starts in another folder
     folder = make_model(tmp_path_factory.mktemp("vllm"), context_tokens=CONTEXT_TOKENS, head_size=32)
     port = free_port()
     options = f"""
