@@ -1,6 +1,8 @@
 """How do records get into the database? In groups, by a thread of its own, which never gives up."""
 
 import logging
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +21,8 @@ WAIT_S = 0.1
 CATCHING_UP = 2000
 """Rows of a group when there is a backlog."""
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)
+NICENESS = 10
+"""Of the thread: where a core is short, requests are served first."""
 QUIET_S = 10.0
 """How long after a complaint about the database the next one waits."""
 
@@ -136,6 +140,8 @@ class Writer:
             journal.shut()
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # elsewhere, this would be the whole process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while self._gather() or not self._stopping.is_set():
             try:
                 self.write()

@@ -1,6 +1,8 @@
 """Does the thread that writes go on, whatever the others do at the same time?"""
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -9,7 +11,7 @@ import pytest
 from gateway.database import DatabaseUnavailable, Inserted, Kind, Metric, Unwritable
 from gateway.database.record import UsageRecord, encode
 from gateway.ledger import Ledger, LedgerUnavailable
-from gateway.ledger.writer import CATCHING_UP, ROWS
+from gateway.ledger.writer import CATCHING_UP, NICENESS, ROWS
 from gateway.schema.common import Usage
 from tests.ledger.calls import a_call, a_record
 from tests.served import until
@@ -95,6 +97,15 @@ async def test_rows_go_in_groups_and_larger_ones_when_there_are_many() -> None:
         await until(lambda: ledger.backlog == 0)
 
     assert gate.groups == [1, CATCHING_UP, 5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there has each thread its own priority")
+async def test_the_thread_gives_way_to_the_event_loop() -> None:
+    async with Ledger(Gate()).running():
+        (writer,) = (thread for thread in threading.enumerate() if thread.name == "ledger-writer")
+        assert writer.native_id is not None
+        await until(lambda: os.getpriority(os.PRIO_PROCESS, writer.native_id or 0) == NICENESS)
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < NICENESS
 
 
 async def test_the_end_waits_for_the_last_rows() -> None:
