@@ -12,7 +12,7 @@ import http
 import ipaddress
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableSequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
@@ -32,6 +32,8 @@ IDLE_S = 75.0  # longer than clients keep an idle connection, so that none is cl
 LINGER_S = 1.0  # a refused client is heard out for so long: closed at once, it might not see why
 LISTEN_AGAIN_S = 0.25
 MAX_HEAD_BYTES = 64 * 1024
+MAX_HEADERS = 1000
+MAX_IN_LINE = 100
 MAX_WAITING_BYTES = 64 * 1024
 MAX_HELD_BYTES = 64 * 1024
 BODY_HEADERS = (b"content-length", b"transfer-encoding")
@@ -44,6 +46,8 @@ CLOSE = b"connection: close\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
 WITHOUT_BODY = (204, 304)
 ASGI = {"version": "3.0", "spec_version": "2.3"}
+NOWHERE: deque[tuple[bytes, bytes]] = deque(maxlen=0)
+"""Where trailers go: whoever looks at headers does not expect any behind the body."""
 
 
 class Connections:
@@ -94,7 +98,8 @@ class Connection(asyncio.Protocol):
         self._reading_paused = False
         self._url = b""
         self._headers: Headers = []
-        self._head_bytes = 0
+        self._listed: MutableSequence[tuple[bytes, bytes]] = NOWHERE
+        self._barren_bytes = 0  # received since the last byte of a body, or the beginning of a head
         self._arrived_bytes = 0
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -118,18 +123,17 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._fault is not None:
             return
-        in_pieces = self._reading is Reading.HEAD
         self._arrived_bytes = len(data)
+        self._barren_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             pass  # the answer is the last: see `on_headers_complete`
         except httptools.HttpParserError:
             self._misunderstood()
-        if in_pieces and self._reading is Reading.HEAD:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and self._fault is None:
-                self._refuse(_head_too_large())
+        if self._barren_bytes > MAX_HEAD_BYTES and self._reading is not Reading.NOTHING and self._fault is None:
+            self._fault = _head_too_large()
+            self._misunderstood()
 
     def pause_writing(self) -> None:
         self.is_writable.clear()
@@ -156,20 +160,22 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._url = b""
-        self._headers = []
+        self._headers = self._listed = []
         self._reading = Reading.HEAD
-        self._head_bytes = 0
+        self._barren_bytes = 0
         self._expect(self._settings.header_timeout_s)
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        self._listed.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if self._head_bytes + self._arrived_bytes > MAX_HEAD_BYTES:  # perhaps: what arrived may be more than the head
-            self._measure_head()
+        if self._barren_bytes + self._arrived_bytes > MAX_HEAD_BYTES or len(self._headers) > MAX_HEADERS:
+            self._measure_head()  # what arrived may be more than the head
+        self._barren_bytes = 0
+        self._listed = NOWHERE
         parser = self._parser
         upgrades = parser.should_upgrade()
         if upgrades and any(name in BODY_HEADERS for name, _ in self._headers):
@@ -184,10 +190,16 @@ class Connection(asyncio.Protocol):
         else:
             self._waiting.append(exchange)
             self.pause_reading()
-            self.loop.call_later(LISTEN_AGAIN_S, self.resume_reading)  # or it would not be noticed that a client leaves
+            self.loop.call_later(LISTEN_AGAIN_S, self._listen_again)
+
+    def _listen_again(self) -> None:
+        """Or nobody would notice that a client leaves; one with many in line is not heard before their turn."""
+        if len(self._waiting) < MAX_IN_LINE:
+            self.resume_reading()
 
     def on_body(self, block: bytes) -> None:
         assert self._read is not None
+        self._barren_bytes = 0
         self._read.take(block)
 
     def on_message_complete(self) -> None:
@@ -239,7 +251,8 @@ class Connection(asyncio.Protocol):
         return error
 
     def _measure_head(self) -> None:
-        if len(self._url) + sum(len(name) + len(value) for name, value in self._headers) > MAX_HEAD_BYTES:
+        size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+        if size > MAX_HEAD_BYTES or len(self._headers) > MAX_HEADERS:
             raise self._at_fault(_head_too_large())
 
     # For an exchange to use.
@@ -489,6 +502,8 @@ class Exchange:
 
     def _send_head(self, status: int, headers: Headers) -> None:
         self.is_started = True
+        if self.more_body and self._news is None and self._expects_continue():
+            self.keep_alive = False  # the body that was not called for may come or not: nobody could tell
         fields = dict(headers)
         head = head_of(status, self._connection.shared.date, headers)
         length = fields.get(b"content-length")
@@ -546,4 +561,5 @@ def _address(name: Any) -> tuple[str, int] | None:
 
 
 def _head_too_large() -> GatewayError:
-    return HeadersTooLarge(f"The request's headers are larger than {MAX_HEAD_BYTES} bytes.")
+    says = f"The request's headers are larger than {MAX_HEAD_BYTES} bytes, or more than {MAX_HEADERS}."
+    return HeadersTooLarge(says)

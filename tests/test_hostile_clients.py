@@ -23,6 +23,7 @@ import pytest
 
 from gateway.api.shutdown import Shutdown
 from gateway.auth import client_address
+from gateway.connection import LISTEN_AGAIN_S
 from gateway.server import Gateway, listen
 from gateway.settings import CORS, Server, Settings, SettingsError, Upstream, parse
 from tests.house import (
@@ -138,6 +139,27 @@ async def test_a_pipelined_client_that_leaves_frees_the_upstream() -> None:
             await server.requests[-1].gone.wait()
 
 
+async def test_a_pipelining_client_cannot_fill_the_memory_with_what_waits_in_line() -> None:
+    never = asyncio.Event()
+    async with (
+        upstream(stream_reply(chunk({**ROLE, "content": "Hi"}), never)) as server,
+        running(settings_for(server.settings())) as house,
+        connected(house.port) as (reader, writer),
+    ):
+        writer.write(asking(stream=True))
+        await reader.readuntil(b"Hi")
+        writer.write(get() * 1_000_000)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(4 * LISTEN_AGAIN_S):
+                await writer.drain()
+        assert writer.transport.get_write_buffer_size() > 20_000_000
+
+
+async def test_many_pipelined_requests_are_not_taken_for_a_large_one(house: House) -> None:
+    answer = await talk(house, get() * 10_000 + LAST)
+    assert answer.count(b'{"status":"ok"}') == 10_001
+
+
 CHUNKED = b"transfer-encoding: chunked"
 END = b"0\r\n\r\n"
 AMBIGUOUS: dict[str, bytes] = {
@@ -229,6 +251,37 @@ async def test_a_bad_chunk_behind_an_answer_closes_without_another(house: House)
         assert await reader.read() == b""
 
 
+ENDLESS = {
+    "trailers": b"0\r\n" + b"x: y\r\n" * 50_000,
+    "a trailer": b"0\r\nx: " + b"y" * 300_000,
+    "an extension": b"1;" + b"y" * 300_000,
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+async def test_what_is_behind_a_body_is_bounded_as_its_head_is(house: House, what: str) -> None:
+    try:
+        answer = await talk(house, post(CHUNKED, body=ENDLESS[what]))
+    except ConnectionError:
+        return  # whoever does not stop may miss the answer
+    assert statuses(answer) == [431]
+    assert error_of(answer)["code"] == "headers_too_large"
+
+
+async def test_a_trailer_is_no_header(house: House) -> None:
+    body = json.dumps(HELLO).encode()
+    asked = post(CHUNKED, body=b"%x\r\n%b\r\n0\r\n" % (len(body), body) + KEY_LINE + b"\r\n\r\n")
+    answer = await talk(house, asked.replace(KEY_LINE + b"\r\n", b"", 1) + LAST)
+    assert statuses(answer) == [401, 200]
+
+
+async def test_a_body_that_was_announced_and_refused_unread_ends_the_connection(house: House) -> None:
+    asked = post(b"content-length: 5", b"expect: 100-continue").replace(b"application/json", b"text/plain")
+    answer = await talk(house, asked)
+    assert statuses(answer) == [400]
+    assert error_of(answer)["code"] == "unsupported_content_type"
+
+
 async def test_an_upgrade_is_passed_over_and_one_with_a_body_is_refused_with_a_hint(house: House) -> None:
     lines = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c", b"http2-settings: AAMAAABkAARAAAAAAAIAAAAA")
     answer = await talk(house, get(*lines) + LAST)
@@ -300,10 +353,11 @@ async def test_the_rest_of_a_refused_body_is_not_waited_for_forever(house: House
     [
         [get(b"x: " + b"a" * 70_000)],
         [get(*[b"x-%d: %b" % (i, b"a" * 100) for i in range(700)])],
+        [get(*[b"x: y"] * 5_000)],
         [get(path=b"/" + b"a" * 70_000)],
         [get()[:-2] + b"x: ", *[b"a" * 50_000] * 20],
     ],
-    ids=["a long header", "many headers", "a long path", "a header without end"],
+    ids=["a long header", "many headers", "very many", "a long path", "a header without end"],
 )
 async def test_headers_that_are_too_large_get_431(house: House, blocks: list[bytes]) -> None:
     try:
