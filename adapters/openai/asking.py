@@ -77,6 +77,8 @@ def write(fields: Object, endpoint: Endpoint, request: Payload[Any], given: Swit
         _single_out(fields, request, given)
     if endpoint is CHAT:
         _write_chat(fields, asked, given)
+    elif asked.max_tokens == 0 and "echo" in given.refuse:  # who cannot give back the prompt goes on behind it
+        _refuse("max_tokens", "A limit of 0")
     else:
         fields.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
 
@@ -91,6 +93,8 @@ def _single_out(fields: Object, alone: Alone, given: Switches) -> None:
 
 
 def _write_chat(fields: Object, asked: ChatRequest, given: Switches) -> None:
+    if not given.custom_tools:
+        _check_tools(asked)
     if given.limit != "as_given" and asked.limit is not None:
         fields.pop("max_tokens", None)
         fields.pop("max_completion_tokens", None)
@@ -110,6 +114,13 @@ def _write_chat(fields: Object, asked: ChatRequest, given: Switches) -> None:
                         _refuse(where, "An image that is not a data: URL")
 
 
+def _check_tools(asked: ChatRequest) -> None:
+    if any(tool.type != "function" for tool in asked.tools or ()):
+        _refuse("tools", "A custom tool")
+    if isinstance(asked.tool_choice, dict) and asked.tool_choice.get("type") != "function":
+        _refuse("tool_choice", "A choice of some tools")
+
+
 def _asks(name: str, asked: Any) -> bool:
     """Whether a parameter asks for anything but what there is without it."""
     value: Any = getattr(asked, name, True)
@@ -122,7 +133,11 @@ def _asks(name: str, asked: Any) -> bool:
     if name == "tool_choice":
         return value not in ("none", "auto")
     if name == "parallel_tool_calls":
-        return value is False
+        return value is False and bool(asked.tools)
+    if name == "modalities":
+        return bool(set(value) - {"text"})
+    if name in ("moderation", "web_search_options"):  # {} asks for it, too
+        return value is not None
     return bool(value)
 
 

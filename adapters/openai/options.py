@@ -19,10 +19,11 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `engine`: which server it is. `limit`: what it calls the limit of a chat's answer. `developer_role`: it knows it,
     else `system` is sent. `stream_options`: it takes them. `n`, `prompts`: it gives several choices, and takes several
-    prompts, in one request; else there is a request for each. `refuse`: parameters that it would ignore. `keep_extras`:
-    members of its answers that OpenAI does not have are passed on. `vision`, `audio`, `files`: its models take such
-    parts, as `data:` URLs or in base64; `fetch_media`: and http ones, for it to fetch. `defaults`: what is sent where a
-    request leaves it out, so that a model's own defaults are not taken for OpenAI's.
+    prompts, in one request; else there is a request for each. `refuse`: parameters that it would ignore.
+    `custom_tools`: it knows tools that are no functions, and choices of some tools. `keep_extras`: members of its
+    answers that OpenAI does not have are passed on. `vision`, `audio`, `files`: its models take such parts, as `data:`
+    URLs or in base64; `fetch_media`: and http ones, for it to fetch. `defaults`: what is sent where a request leaves it
+    out, so that a model's own defaults are not taken for OpenAI's.
     """
 
     engine: Engine | None = None
@@ -32,6 +33,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     n: bool | None = None
     prompts: bool | None = None
     refuse: list[str] | None = None
+    custom_tools: bool | None = None
     keep_extras: bool | None = None
     vision: Models | None = None
     audio: Models | None = None
@@ -53,6 +55,7 @@ class Switches(Struct, frozen=True, kw_only=True):
     n: bool = True
     prompts: bool = True
     refuse: list[str] = []
+    custom_tools: bool = True
     keep_extras: bool = True
     vision: Models = False
     audio: Models = False
@@ -63,7 +66,7 @@ class Switches(Struct, frozen=True, kw_only=True):
     repairs: tuple[Repair, ...] = ()
 
 
-NOT_BESIDE_OPENAI = "audio function_call functions moderation prediction web_search_options".split()
+NOT_BESIDE_OPENAI = "audio function_call functions modalities moderation prediction web_search_options".split()
 """What no engine but OpenAI's own honours."""
 COMMON = (
     Repair("deltas of tool calls completed", "chat-stream-tools-bare"),
@@ -90,6 +93,7 @@ ENGINES: dict[Engine, Switches] = {
         developer_role=False,
         n=False,
         prompts=False,
+        custom_tools=False,
         keep_extras=False,
         defaults={"temperature": 1.0, "top_p": 1.0},
         refuse=[
@@ -112,6 +116,7 @@ ENGINES: dict[Engine, Switches] = {
     ),
     "sglang": Switches(
         developer_role=False,
+        custom_tools=False,
         keep_extras=False,
         refuse=[*NOT_BESIDE_OPENAI, "suffix"],
         extensions=frozenset(
@@ -130,6 +135,7 @@ ENGINES: dict[Engine, Switches] = {
     "llamacpp": Switches(
         developer_role=False,
         n=False,
+        custom_tools=False,
         keep_extras=False,
         refuse=[*NOT_BESIDE_OPENAI, "best_of", "suffix"],
         extensions=frozenset("ignore_eos min_p mirostat repeat_penalty top_k typical_p".split()),
@@ -148,6 +154,7 @@ ENGINES: dict[Engine, Switches] = {
         developer_role=False,
         n=False,
         prompts=False,
+        custom_tools=False,
         keep_extras=False,
         refuse=[
             *NOT_BESIDE_OPENAI,

@@ -24,6 +24,7 @@ from gateway.schema.completions import Completion, CompletionRequest
 from gateway.schema.embeddings import EmbeddingRequest
 from gateway.schema.endpoint import CHAT, COMPLETIONS, Endpoint
 from gateway.schema.payload import NULL, Part, Parts, Payload, encode_fields
+from gateway.schema.reading import asks_nothing
 from gateway.settings import Upstream, read_options
 from gateway.sse import Event
 
@@ -85,7 +86,8 @@ class Adapter(HTTPAdapter):
     def chat(self, request: Payload[ChatRequest], dispatch: Dispatch) -> AsyncGenerator[Parts]:
         fields = request.fields()
         for name in sorted(self.extra_fields):
-            refuse(name, fields.get(name, NULL) != NULL, " It is in /v1/completions.")
+            asks = not asks_nothing(name, msgspec.json.decode(fields.get(name, NULL)))
+            refuse(name, asks, " It is in /v1/completions.")
         asked = chat.exchanges(request, dispatch)
         parts = self._collected(CHAT, asked, dispatch)
         return parts if request.value.stream else gathered(parts, chat.whole)

@@ -160,7 +160,7 @@ def _check_message(message: Message, where: str) -> None:
             _missing(f"{where}.content", "An assistant message without tool calls needs content.")
     elif message.content is UNSET:
         _missing(f"{where}.content", f"Missing required parameter: '{where}.content'.")
-    elif message.content is None:
+    elif message.content is None and message.role != "function":
         raise InvalidRequest(
             f"Invalid type for '{where}.content': expected a string or an array, but got null.",
             param=f"{where}.content",

@@ -4,10 +4,11 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
+from msgspec import inspect
 
 from gateway.errors import InvalidRequest, MalformedBody
 from gateway.schema.endpoint import ENDPOINTS, Endpoint
@@ -33,6 +34,15 @@ EXTENSION_FIELDS = frozenset(
 )
 """Parameters beyond OpenAI's that change an answer on some engine: never dropped without a word."""
 
+OFF: dict[str, Any] = {
+    **dict.fromkeys("min_p min_tokens mirostat top_a".split(), 0),
+    **dict.fromkeys("length_penalty num_beams repeat_penalty repetition_penalty typical_p".split(), 1),
+    **dict.fromkeys("continue_final_message echo ignore_eos no_stop_trim use_beam_search watermark".split(), False),
+    **{name: [] for name in "bad_words documents stop_token_ids".split()},
+    "chat_template_kwargs": {},
+}
+"""The values of extensions that ask for no more than there is without them. A `top_k` below 1 does so too."""
+
 USER_DOCUMENTS = frozenset(
     "tools functions response_format metadata logit_bias tool_choice guided_json structured_outputs".split()
 )
@@ -53,6 +63,24 @@ KINDS = {
 _OPERATOR_KEY = re.compile(rb'"(?:%s)"\s*:|\\u00[567]' % "|".join(sorted(OPERATOR_FIELDS)).encode())
 """Finds where there may be an operator field: also one that is spelled with escapes."""
 _KNOWN_ANYWHERE = frozenset[str]().union(*(endpoint.known for endpoint in ENDPOINTS))
+
+
+def _choices(kind: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The names of the members of a type, at any depth, that have but a few values; and those."""
+    if isinstance(kind, inspect.UnionType):
+        for one in kind.types:
+            yield from _choices(one)
+    elif isinstance(kind, inspect.ListType):
+        yield from _choices(kind.item_type)
+    elif isinstance(kind, inspect.StructType):
+        for field in kind.fields:
+            yield from _choices(field.type)
+            for one in field.type.types if isinstance(field.type, inspect.UnionType) else [field.type]:
+                if isinstance(one, inspect.LiteralType):
+                    yield field.name, one.values
+
+
+_CHOICES = dict(pair for endpoint in ENDPOINTS for pair in _choices(inspect.type_info(endpoint.requests.type)))
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<kind>key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 
 
@@ -99,7 +127,7 @@ def _document(body: bytes, text: str) -> Any:
 
 def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str]]:
     """
-    The request in *body*, and the names of its top-level members that OpenAI does not know.
+    The request in *body*, and the names of its top-level members that OpenAI does not know, and that ask for something.
 
     Raises InvalidRequest with the `param` and `code` that OpenAI gives for the same fault.
     """
@@ -123,7 +151,15 @@ def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str
     value.check()
     if endpoint.streams:
         _check_stream_options(value)
-    return Payload(value, body), document.keys() - endpoint.known
+    unknown = document.keys() - endpoint.known
+    return Payload(value, body), {name for name in unknown if not asks_nothing(name, document[name])}
+
+
+def asks_nothing(name: str, value: Any) -> bool:
+    """Whether a member beyond OpenAI's leaves the answer as it is, so that nobody needs to honour it."""
+    if name == "top_k":
+        return value is None or (isinstance(value, int) and value < 1)
+    return value is None or (name in OFF and value == OFF[name])
 
 
 def model_in(body: bytes) -> str | None:
@@ -212,6 +248,11 @@ def explain(fault: str) -> InvalidRequest:
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if path is None:
         return InvalidRequest("The JSON body must be an object.", code="invalid_type")
+    if what.startswith("Invalid enum value"):
+        supported = ", ".join(f"'{value}'" for value in _CHOICES[path.rpartition(".")[2]])
+        return InvalidRequest(
+            f"Invalid value for '{path}'. Supported values are: {supported}.", param=path, code="invalid_value"
+        )
     code = _code(what)
     said = re.sub(r"`([a-z |]+)`", _in_words, what).replace(", got", ", but got")[:MAX_SAID]
     fault = "type" if code == "invalid_type" else "value"

@@ -466,10 +466,37 @@ async def test_what_lies_on_the_border_is_taken(house: House) -> None:
         {"stream": True, "stream_options": {"include_usage": True}, "user": "a\0b\r\nc 🎉"},
         {"stream_options": {}, "tools": [], "stop": "", "logit_bias": {}, "foo": [[[]]] * 50},
         {"messages": [{"role": "assistant", "content": ""}, {"role": "developer", "content": "x"}]},
+        {"messages": [HELLO["messages"][0], {"role": "function", "name": "f", "content": None}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "\U0001f389"}], "name": "a"}]},
     ]
     answers = [await house.post({**HELLO, **changes}) for changes in taken]
     assert [answer.text for answer in answers if answer.status_code != 200] == []
+
+
+async def test_an_extension_that_asks_for_nothing_is_taken_where_nobody_knows_it(house: House) -> None:
+    off: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False, "bad_words": []}
+    nulls = dict.fromkeys(["top_p", "top_a", "guided_json", "max_token", "prompt", "mirostat"])
+    response = await house.post({**HELLO, **off, **nulls, "chat_template_kwargs": {}, "echo": False})
+    assert (response.status_code, response.headers.get("x-suiron-ignored")) == (200, None)
+    for name, value in {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1, "bad_words": ["a"]}.items():
+        assert await refusal(house, {**HELLO, name: value}) == (400, "unsupported_parameter", name)
+
+
+async def test_a_value_out_of_a_few_is_answered_with_those_few(house: House) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"response_format": {"type": "xml"}},
+        {"reasoning_effort": "heroic"},
+        {"service_tier": "gold"},
+    ]
+    says = [error_of(await house.post({**HELLO, **changes}))["message"] for changes in wrong]
+    named = [set(re.findall(r"'(\w+)'", message.partition("Supported")[2])) for message in says]
+    assert named == [
+        {"developer", "system", "user", "assistant", "tool", "function"},
+        {"text", "json_object", "json_schema"},
+        {"none", "minimal", "low", "medium", "high", "xhigh", "max"},
+        {"auto", "default", "flex", "scale", "priority", "fast"},
+    ]
 
 
 async def test_names_that_nobody_knows_are_taken_and_said_in_a_clean_header(house: House) -> None:
