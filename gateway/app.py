@@ -17,6 +17,7 @@ from gateway.api.generation import Shortcut, generation_apps
 from gateway.api.health import Readiness, health_routes
 from gateway.api.metrics import metrics_routes
 from gateway.api.models import model_routes
+from gateway.api.named import Named
 from gateway.api.page import page_routes
 from gateway.api.shutdown import Shutdown
 from gateway.auth import Keyring, why_not_anonymous
@@ -130,7 +131,7 @@ def create_app(
         openapi_config=None,
         logging_config=None,
     )
-    app = Shortcut(litestar, generating)
+    app = Shortcut(Named(litestar), generating)
     origins = settings.server.cors.origins
     return CORS(app, origins) if origins else app
 

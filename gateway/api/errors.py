@@ -41,6 +41,10 @@ def request_id_of(fields: Mapping[bytes, bytes]) -> str | None:
     return None
 
 
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(16)}"
+
+
 class ErrorResponse:
     """An ASGI application that answers with *error*, with its headers and perhaps others."""
 
@@ -65,7 +69,7 @@ class ErrorResponse:
         headers: Headers = [
             JSON,
             (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", (self._request_id or f"req_{secrets.token_hex(16)}").encode()),
+            (b"x-request-id", (self._request_id or new_request_id()).encode()),
             VERSION,
         ]
         headers += [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
@@ -104,7 +108,9 @@ def _gateway_error(_: Request[Any, Any, Any], exc: GatewayError) -> ASGIApp:
 
 def _unknown_url(request: Request[Any, Any, Any], _: NotFoundException) -> ASGIApp:
     path = "".join(char for char in request.scope["path"] if char.isprintable())[:200]
-    return ErrorResponse(UnknownURL(f"Invalid URL ({request.method} {path})"))
+    meant = f"/v1{path}"
+    hint = f". Did you mean {meant}?" if meant in {route.path for route in request.app.routes} else ""
+    return ErrorResponse(UnknownURL(f"Invalid URL ({request.method} {path}){hint}"))
 
 
 def _method_not_allowed(request: Request[Any, Any, Any], exc: MethodNotAllowedException) -> ASGIApp:

@@ -1,6 +1,5 @@
 """What do the endpoints that generate take and give: chat completions, completions, embeddings?"""
 
-import secrets
 from collections.abc import Awaitable
 
 from litestar.enums import ScopeType
@@ -9,7 +8,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from gateway.api.answer import Answer
 from gateway.api.body import read_body
 from gateway.api.client import client_of
-from gateway.api.errors import ErrorResponse, request_id_of, unexpected
+from gateway.api.errors import ErrorResponse, new_request_id, request_id_of, unexpected
 from gateway.api.shutdown import Shutdown
 from gateway.auth import Keyring, Principal, joined
 from gateway.call import Call
@@ -50,7 +49,7 @@ def generation_apps(
                     raise
             except Exception as exc:
                 error = exc if isinstance(exc, GatewayError) else unexpected(exc)
-                request_id = f"req_{secrets.token_hex(16)}"
+                request_id = new_request_id()
                 telemetry.refuse(endpoint, request_id, None if principal is None else principal.name, started, error)
                 await ErrorResponse(error, request_id_of(fields) or request_id)(scope, receive, send)
                 return

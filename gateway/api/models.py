@@ -1,7 +1,5 @@
 """GET /v1/models and GET /v1/models/{id}: which models may this key use?"""
 
-import secrets
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -9,7 +7,6 @@ from litestar import Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
-from gateway.api.errors import request_id_of
 from gateway.auth import Keyring
 from gateway.models import Model, Models
 
@@ -17,15 +14,13 @@ from gateway.models import Model, Models
 def model_routes(keyring: Keyring, models: Models) -> list[HTTPRouteHandler]:
     @get("/v1/models")
     async def list_models(request: Request[Any, Any, Any]) -> Response[bytes]:
-        headers = request.scope["headers"]
-        principal = keyring.authenticate(headers)
-        return _json({"object": "list", "data": [_entry(model) for model in models.of(principal)]}, headers)
+        principal = keyring.authenticate(request.scope["headers"])
+        return _json({"object": "list", "data": [_entry(model) for model in models.of(principal)]})
 
     @get("/v1/models/{model_id:path}")
     async def retrieve_model(request: Request[Any, Any, Any], model_id: FromPath[str]) -> Response[bytes]:
-        headers = request.scope["headers"]
-        principal = keyring.authenticate(headers)
-        return _json(_entry(models.get(model_id.removeprefix("/"), principal)), headers)
+        principal = keyring.authenticate(request.scope["headers"])
+        return _json(_entry(models.get(model_id.removeprefix("/"), principal)))
 
     return [list_models, retrieve_model]
 
@@ -34,10 +29,6 @@ def _entry(model: Model) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "suiron"}
 
 
-def _json(document: dict[str, Any], asked_with: Iterable[tuple[bytes, bytes]]) -> Response[bytes]:
-    headers = {
-        "x-request-id": request_id_of(dict(asked_with)) or f"req_{secrets.token_hex(16)}",
-        "openai-version": "2020-10-01",
-        "openai-processing-ms": "0",  # a lookup in memory
-    }
+def _json(document: dict[str, Any]) -> Response[bytes]:
+    headers = {"openai-processing-ms": "0"}  # a lookup in memory
     return Response(msgspec.json.encode(document), media_type="application/json", headers=headers)

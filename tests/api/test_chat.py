@@ -241,6 +241,32 @@ async def test_every_answer_has_a_request_id_and_the_version(stage: Stage) -> No
     assert all("openai-processing-ms" in answer.headers for answer in answers if answer.status_code == 200)
 
 
+async def test_so_does_every_answer_beside_the_api(stage: Stage) -> None:
+    house = stage.house
+    named = {"x-request-id": "mine"}
+    answers = [
+        await house.http.request(method, f"{house.url}{path}", headers={**AUTH, **named})
+        for method, path in [
+            ("GET", "/health/live"),
+            ("GET", "/health/ready"),
+            ("GET", "/metrics"),
+            ("GET", "/"),
+            ("GET", "/v1/models"),
+            ("HEAD", "/v1/models"),
+            ("OPTIONS", "/v1/models"),
+            ("OPTIONS", "/v1/nowhere"),
+        ]
+    ]
+    assert {answer.headers.get("x-request-id") for answer in answers} == {"mine"}
+    assert {answer.headers.get("openai-version") for answer in answers} == {"2020-10-01"}
+
+
+async def test_a_base_url_without_its_version_is_set_right(stage: Stage) -> None:
+    answer = await stage.house.http.post(f"{stage.house.url}/chat/completions", headers=AUTH, json=HELLO)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"].endswith("Did you mean /v1/chat/completions?")
+
+
 async def test_the_sdk_finds_the_request_id_of_an_error(stage: Stage) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await stage.house.openai.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "Hi"}])

@@ -1,13 +1,11 @@
 """DELETE /admin/v1/cache: which kept answers are to be given no more?"""
 
-import secrets
 from typing import Any
 
 import msgspec
 from litestar import Request, Response, delete
 from litestar.handlers import HTTPRouteHandler
 
-from gateway.api.errors import request_id_of
 from gateway.auth import Keyring
 from gateway.cache import Cache
 from gateway.errors import CacheUnavailable, InvalidRequest
@@ -20,8 +18,7 @@ def cache_routes(keyring: Keyring, cache: Cache) -> list[HTTPRouteHandler]:
     @delete("/admin/v1/cache", status_code=200)
     async def forget(request: Request[Any, Any, Any]) -> Response[bytes]:
         """Those of a model, of a team, of a key (and its team, which shares them), or without a query all."""
-        headers = request.scope["headers"]
-        keyring.authenticate_admin(headers)
+        keyring.authenticate_admin(request.scope["headers"])
         by, name = _asked(request)
         try:
             if by is None:
@@ -35,10 +32,7 @@ def cache_routes(keyring: Keyring, cache: Cache) -> list[HTTPRouteHandler]:
         except StoreUnavailable:
             raise CacheUnavailable from None
         document = {"object": "cache", "deleted": True} | ({} if by is None else {by: name})
-        told = {
-            "cache-control": "no-store",
-            "x-request-id": request_id_of(dict(headers)) or f"req_{secrets.token_hex(16)}",
-        }
+        told = {"cache-control": "no-store"}
         return Response(msgspec.json.encode(document), media_type="application/json", headers=told)
 
     return [forget]
