@@ -122,12 +122,13 @@ class Journal:
         self._freed.append(slot)
 
     def found(self) -> Iterator[Found]:
-        """What is in it, for whoever adopts it. A slot that the machine's end left unreadable is skipped."""
+        """What is in it, for whoever adopts it. Of a slot that the machine's end left unreadable, `wire` is empty."""
         for slot, state in enumerate(_states(self._descriptor, self.slots)):
             at = self._at(slot)
             if state == CLOSED and (wire := self._read(at + OUTCOME_AT, at + _OUTCOME_SUM_AT, MAX_OUTCOME)):
                 yield Found(slot, wire, None)
-            elif state != FREE and (wire := self._read(at + INTENT_AT, at + _INTENT_SUM_AT, MAX_INTENT)):
+            elif state != FREE:
+                wire = self._read(at + INTENT_AT, at + _INTENT_SUM_AT, MAX_INTENT)
                 progress = _PROGRESS.unpack_from(self._map, at + _PROGRESS_AT[self._map[at + _WHICH_AT] & 1])
                 yield Found(slot, wire, Progress(*progress))
 
@@ -138,10 +139,10 @@ class Journal:
         self._map.close()
         os.close(self._descriptor)
 
-    def _read(self, start: int, sum_at: int, limit: int) -> bytes | None:
+    def _read(self, start: int, sum_at: int, limit: int) -> bytes:
         length, checksum = _SUM.unpack_from(self._map, sum_at)
         wire = self._map[start : start + min(length, limit)]
-        return wire if crc32(wire) == checksum else None
+        return wire if crc32(wire) == checksum else b""
 
     def _at(self, slot: int) -> int:
         return HEAD_BYTES + slot * SLOT_BYTES
@@ -157,29 +158,29 @@ def _states(descriptor: int, slots: int) -> Iterator[int]:
         yield from os.pread(descriptor, some, HEAD_BYTES + first * SLOT_BYTES + _STATE_AT)[::SLOT_BYTES]
 
 
-def adopt(directory: Path, owner: bytes) -> tuple[list[Journal], list[Path]]:
+def adopt(directory: Path, owner: bytes) -> tuple[list[Journal], dict[Path, str]]:
     """
-    The journals in *directory* that nobody holds, now ours, and the paths of those that belong to another database.
+    The journals in *directory* that nobody holds, now ours, and of each file that is left alone, why.
 
-    *owner* are 32 bytes that name the database. Journals of living processes are left alone.
+    *owner* are 32 bytes that name the database. Journals of living processes are left alone without a word. Raises
+    CannotJournal.
     """
-    ours, others = [], []
+    ours, strange = [], {}
     for path in sorted(directory.glob("*.journal")):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:  # its owner has just finished with it
             continue
-        if not _lock(descriptor):
-            os.close(descriptor)
-            continue
-        slots, whose = _header(descriptor)
-        if os.fstat(descriptor).st_nlink and whose == owner:
-            ours.append(Journal(path, descriptor, slots))
-        else:
-            if whose:
-                others.append(path)
-            os.close(descriptor)
-    return ours, others
+        except OSError as exc:
+            raise CannotJournal(f"{path}: {exc.strerror}") from None
+        if _lock(descriptor) and os.fstat(descriptor).st_nlink:
+            slots, whose = _header(descriptor)
+            if slots and whose == owner:
+                ours.append(Journal(path, descriptor, slots))
+                continue
+            strange[path] = "holds records for another database" if slots else "is damaged, or no journal that we know"
+        os.close(descriptor)
+    return ours, strange
 
 
 def create(directory: Path, owner: bytes, slots: int) -> Journal:

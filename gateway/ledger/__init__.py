@@ -98,10 +98,10 @@ class Ledger:
 
     def record(self, call: Call, record: UsageRecord, exc: BaseException | None) -> UsageRecord:
         """What is to be said of a call that ended with *exc*; after `Tokens.settle`."""
-        ended_ms = self._now_ms()
-        record.ended_ms = ended_ms if ended_ms > record.started_ms else record.started_ms
         if call.admitted_ms:
             record.started_ms = call.admitted_ms
+        ended_ms = self._now_ms()
+        record.ended_ms = ended_ms if ended_ms > record.started_ms else record.started_ms
         if record.price_input is None:
             self.counts.unpriced += 1
         return complete(call, record, exc)
@@ -235,8 +235,8 @@ def _journals(directory: Path, owner: bytes, slots: int) -> tuple[Journal, list[
         own = next((journal for journal in found if journal.slots == slots), None) or create(directory, owner, slots)
     except CannotJournal as exc:
         raise SettingsError(f"database.journal: {exc}") from None
-    for path in strange:
-        logger.warning("%s holds records for another database than the configured one, and is left alone", path)
+    for path, why in strange.items():
+        logger.warning("%s %s: it is left as it is", path, why)
     return own, [journal for journal in found if journal is not own]
 
 

@@ -85,12 +85,12 @@ class Writer:
 
     def adopt(self, journal: Journal, *, keep: bool) -> None:
         """Write what a dead process left in *journal*; unless it is to be kept, its file is removed after that."""
-        found = list(journal.found())
-        for left in found:
+        unreadable = 0
+        for left in list(journal.found()):
             try:
                 record = decode(left.wire)
             except msgspec.MsgspecError:
-                self._counts.unreadable += 1
+                unreadable += 1
                 journal.free(left.slot)
                 continue
             if left.progress is not None:
@@ -99,8 +99,9 @@ class Writer:
                 record.left_under_way(prompt, noted.completion_tokens, noted.at_ms)
             self._pending.append((record, journal, left.slot))
             self._counts.adopted += 1
-        if self._counts.unreadable:
-            logger.error("%s: %d records of requests cannot be read", journal.path, self._counts.unreadable)
+        if unreadable:
+            self._counts.unreadable += unreadable
+            logger.error("%s: %d records of requests cannot be read and are lost", journal.path, unreadable)
         if not keep:
             self._foreign.add(journal)
             self._remove_if_empty(journal)

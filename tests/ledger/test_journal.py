@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.journal import (
     HEAD_BYTES,
+    INTENT_AT,
     MAX_INTENT,
     MAX_OUTCOME,
     OUTCOME_AT,
@@ -116,29 +117,51 @@ def test_the_journal_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout == "([], [])\n"
+    assert done.stdout == "([], {})\n"
 
 
 def test_a_journal_for_another_database_is_left_alone_and_named(journal: Journal) -> None:
     journal.shut()
 
-    assert adopt(journal.path.parent, b"x" * 32) == ([], [journal.path])
+    assert adopt(journal.path.parent, b"x" * 32) == ([], {journal.path: "holds records for another database"})
+
+
+NO_JOURNAL = "is damaged, or no journal that we know"
 
 
 @pytest.mark.parametrize("content", [b"", b"notes", b"\0" * (HEAD_BYTES + SLOT_BYTES)])
-def test_what_is_no_journal_is_not_touched(content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_journal_is_named_and_not_touched(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "other.journal"
     path.write_bytes(content)
 
-    assert adopt(tmp_path, OWNER) == ([], [])
+    assert adopt(tmp_path, OWNER) == ([], {path: NO_JOURNAL})
     assert path.read_bytes() == content
+
+
+def test_what_cannot_be_opened_as_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder.journal").mkdir()
+
+    with pytest.raises(CannotJournal, match=r"folder\.journal: Is a directory"):
+        adopt(tmp_path, OWNER)
 
 
 def test_a_journal_that_was_cut_short_is_not_mapped(journal: Journal) -> None:
     journal.shut()
     os.truncate(journal.path, HEAD_BYTES + 3 * SLOT_BYTES)
 
-    assert adopt(journal.path.parent, OWNER) == ([], [])
+    assert adopt(journal.path.parent, OWNER) == ([], {journal.path: NO_JOURNAL})
+
+
+def test_a_slot_that_cannot_be_read_is_told_of_and_the_others_are_there(journal: Journal) -> None:
+    broken, sound = journal.open(b"scrambled"), journal.open(b"sound")
+    journal.shut()
+    with journal.path.open("r+b") as file:
+        file.seek(HEAD_BYTES + broken * SLOT_BYTES + INTENT_AT)
+        file.write(b"?")
+
+    (found,), _ = adopt(journal.path.parent, OWNER)
+
+    assert [(left.slot, left.wire) for left in found.found()] == [(broken, b""), (sound, b"sound")]
 
 
 def test_all_of_its_room_is_taken_from_the_disk_at_once(journal: Journal) -> None:

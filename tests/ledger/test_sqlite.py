@@ -15,6 +15,7 @@ import pytest
 
 from gateway import settings
 from gateway.database.sqlite import SQLite
+from gateway.journal import HEAD_BYTES, INTENT_AT, SLOT_BYTES
 from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
@@ -222,6 +223,27 @@ async def test_a_journal_of_another_size_is_emptied_and_removed(tmp_path: Path) 
     whole(tmp_path, posted)
     (after,) = (tmp_path / "ledger.journal").iterdir()
     assert after != before
+
+
+async def test_what_cannot_be_read_of_a_journal_is_said_counted_and_not_in_its_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = open_ledger(sqlite_at(tmp_path))
+    lost, kept = (ledger.entry(a_call()) for _ in range(2))
+    (path,) = (tmp_path / "ledger.journal").iterdir()
+    ledger.close()
+    with path.open("r+b") as file:
+        file.seek(HEAD_BYTES + lost.slot * SLOT_BYTES + INTENT_AT)
+        file.write(b"?")
+
+    larger = open_ledger(sqlite_at(tmp_path, journal_mib=2))
+    async with larger.running():
+        await until(lambda: larger.backlog == 0)
+
+    whole(tmp_path, [kept.request_id])
+    assert larger.counts.unreadable == 1
+    assert f"{path}: 1 records of requests cannot be read and are lost" in caplog.text
+    assert not path.exists()
 
 
 def test_room_is_what_the_configuration_says(tmp_path: Path) -> None:
