@@ -57,6 +57,7 @@ class PostgreSQL:
         try:
             with self._engine.begin() as connection:
                 _lock(connection, MIGRATING)
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")  # millions of rows take their time
                 migrate(connection, self._name)
             if self._alone and self._claim is None:
                 self._claim = self._claimed()

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from gateway.database import Inserted, Kind, Metric
 from gateway.database.migrations import migrate
@@ -47,6 +47,8 @@ class SQLite:
                 self._look(connection)
                 migrate(connection, str(self.path))
                 connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+        except OperationalError as exc:  # locked, full, read-only: there is nothing wrong with what is in it
+            raise SettingsError(f"the ledger in {self.path} cannot be written now: {translated(exc)}") from None
         except SQLAlchemyError as exc:
             raise SettingsError(_damaged(self.path, translated(exc))) from None
 

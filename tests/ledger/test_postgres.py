@@ -308,6 +308,26 @@ def test_several_that_start_at_once_migrate_once(database: PostgresDatabase) -> 
     assert database.ask("SELECT version_num FROM suiron_version") == [("0002",)]
 
 
+SLOWLY = """
+    CREATE FUNCTION slowly() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF current_query() LIKE '%CREATE TABLE usage_hour%' THEN PERFORM pg_sleep(11); END IF;
+    END $$;
+    CREATE EVENT TRIGGER slowly ON ddl_command_start EXECUTE FUNCTION slowly();
+"""
+
+
+@pytest.mark.slow
+def test_a_migration_may_take_longer_than_any_other_statement(database: PostgresDatabase) -> None:
+    with database.server.connect(database.name) as connection:
+        connection.execute(SLOWLY)
+
+    opened = open_database(database.settings())
+    opened.prepare()
+    opened.close()
+
+    assert database.ask("SELECT version_num FROM suiron_version") == [("0002",)]
+
+
 def test_tables_of_a_newer_version_are_refused(database: PostgresDatabase) -> None:
     with database.server.connect(database.name) as connection:
         connection.execute("CREATE TABLE suiron_version (version_num varchar(32))")

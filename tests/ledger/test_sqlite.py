@@ -160,6 +160,18 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
         open_ledger(sqlite_at(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_file_that_another_program_has_locked_at_the_start_is_not_called_damaged(tmp_path: Path) -> None:
+    open_ledger(sqlite_at(tmp_path)).close()
+    other = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+
+    with pytest.raises(SettingsError, match=r"ledger\.db cannot be written now: database is locked$"):
+        open_ledger(sqlite_at(tmp_path))
+    other.close()
+    open_ledger(sqlite_at(tmp_path)).close()
+
+
 def test_a_refused_file_is_not_locked(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     path.write_bytes(b"no database at all")
