@@ -39,7 +39,8 @@ class Database(Protocol):
         """
         Insert what is not there yet, and add that to the hourly sums. For one thread at a time.
 
-        A row's `seq` grows in the order of commits. Raises DatabaseUnavailable or Unwritable.
+        What became of a request takes the place of a row that says it was abandoned. A row's `seq` grows in the order
+        of commits. Raises DatabaseUnavailable or Unwritable.
         """
         ...
 

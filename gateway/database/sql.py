@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from msgspec.structs import astuple
-from sqlalchemy import Connection, Insert, bindparam, case, func, select
+from sqlalchemy import Connection, Insert, bindparam, case, delete, func, select
 from sqlalchemy.dialects.postgresql import insert as insert_postgresql
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
@@ -22,7 +22,13 @@ METRICS = {"requests": "requests", "tokens": "charged_tokens", "nano_usd": "cost
 _newest = select(func.coalesce(func.max(usage.c.seq), 0))
 _since = usage.c.seq > bindparam("before")
 _numbered = select(usage.c.request_id, usage.c.seq).where(_since)
-_known = select(usage.c.request_id, usage.c.seq).where(usage.c.request_id.in_(bindparam("ids", expanding=True)))
+_any_of = usage.c.request_id.in_(bindparam("ids", expanding=True))
+_known = select(usage.c.request_id, usage.c.seq).where(_any_of)
+_abandoned = select(usage.c.seq).where(_any_of, usage.c.outcome == "abandoned")
+_these = usage.c.seq.in_(bindparam("seqs", expanding=True))
+_forget = delete(usage).where(_these)
+_hour = usage.c.started_ms // HOUR_MS * (HOUR_MS // 1000)
+_forget_empty = delete(usage_hour).where(usage_hour.c.requests == 0, usage_hour.c.hour.in_(select(_hour).where(_these)))
 
 
 class Statements:
@@ -32,33 +38,46 @@ class Statements:
         insert: Any = insert_sqlite if dialect.name == "sqlite" else insert_postgresql
         rows = insert(usage).values({name: bindparam(name) for name in COLUMNS}).on_conflict_do_nothing()
         self._insert = str(rows.compile(dialect=dialect))  # as text, with tuples: Core's own way takes 10 µs a row
-        self._sum_up = _summed(insert)
+        self._sum_up = _summed(insert, _since)
+        self._take_off = _summed(insert, _these, sign=-1)
 
     def commit(self, connection: Connection, records: Sequence[UsageRecord]) -> Inserted:
         """Within a transaction that no other writer is in at the same time."""
+        rows = self._add(connection, records)
+        new = len(rows)
+        if new < len(records):
+            self._overrule(connection, [record for record in records if record.outcome != "abandoned"])
+            rows = dict(connection.execute(_known, {"ids": [record.request_id for record in records]}).all())
+        return Inserted(rows, new)
+
+    def _add(self, connection: Connection, records: Sequence[UsageRecord]) -> dict[str, int]:
+        """The `seq` of each that was not there."""
         before = {"before": connection.scalar(_newest)}
         connection.exec_driver_sql(self._insert, [astuple(record) for record in records])
         connection.execute(self._sum_up, before)
-        rows = dict(connection.execute(_numbered, before).all())
-        new = len(rows)
-        if new < len(records):
-            known = [record.request_id for record in records if record.request_id not in rows]
-            rows.update(connection.execute(_known, {"ids": known}).all())
-        return Inserted(rows, new)
+        return dict(connection.execute(_numbered, before).all())
+
+    def _overrule(self, connection: Connection, records: Sequence[UsageRecord]) -> None:
+        """Who was taken for dead, and was not, knows what came of it: better than who wrote that it was abandoned."""
+        wrong = {"seqs": connection.scalars(_abandoned, {"ids": [record.request_id for record in records]}).all()}
+        if wrong["seqs"]:
+            connection.execute(self._take_off, wrong)
+            connection.execute(_forget_empty, wrong)
+            connection.execute(_forget, wrong)
+            self._add(connection, records)
 
 
-def _summed(insert: Any) -> Insert:
-    """Adds the rows behind `before` to the sums of their hours."""
-    hour = usage.c.started_ms // HOUR_MS * (HOUR_MS // 1000)
+def _summed(insert: Any, which: Any, *, sign: int = 1) -> Insert:
+    """Adds *which* rows to the sums of their hours; with a *sign* of -1, takes them off."""
     counts = {
         "requests": func.count(),
         "cost_nano": func.coalesce(func.sum(usage.c.cost_nano), 0),
         "unpriced": func.sum(case((usage.c.cost_nano.is_(None), 1), else_=0)),
         "hits": func.sum(case((usage.c.cache.in_(("hit", "shared")), 1), else_=0)),
     }
-    sums = [counts[name] if name in counts else func.sum(usage.c[name]) for name in SUMS]
-    keys = [hour.label(KEYS[0]), *(usage.c[name] for name in KEYS[1:])]
-    new = select(*keys, *sums).where(_since).group_by(*KEYS)
+    sums = [(counts[name] if name in counts else func.sum(usage.c[name])) * sign for name in SUMS]
+    keys = [_hour.label(KEYS[0]), *(usage.c[name] for name in KEYS[1:])]
+    new = select(*keys, *sums).where(which).group_by(*KEYS)
     adding = insert(usage_hour).from_select([*KEYS, *SUMS], new)
     added = {name: usage_hour.c[name] + adding.excluded[name] for name in SUMS}
     statement: Insert = adding.on_conflict_do_update(index_elements=list(KEYS), set_=added)

@@ -63,6 +63,7 @@ class ExactlyOnce(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="suiron-ledger-", dir=FAST))
         self.expected: dict[str, tuple[str, int]] = {}  # outcome and tokens, of those that are over
         self.flying: dict[str, int] = {}  # tokens noted, of those under way
+        self.reaped: dict[str, int] = {}  # tokens that another replica wrote for those it took for dead
         self.events: list[bytes] = []
         self.told: dict[str, int] = {}
         self.start()
@@ -116,6 +117,15 @@ class ExactlyOnce(RuleBasedStateMachine):
             assert fault != "none"
         self.database.fault = "none"
 
+    @precondition(lambda self: self.ledger.under_way)
+    @rule(data=st.data(), tokens=st.integers(0, 50))
+    def reap(self, data: st.DataObject, tokens: int) -> None:
+        """Another replica has not heard of it for long, and writes what it knows."""
+        entry = data.draw(st.sampled_from(sorted(self.ledger.under_way, key=lambda entry: entry.slot)))
+        record = decode(self.ledger.abandoned(entry.intent, tokens))
+        self.database.database.commit([record])
+        self.reaped.setdefault(entry.request_id, record.charged_tokens)
+
     @precondition(lambda self: self.events)
     @rule(data=st.data(), times=st.integers(1, 2))
     def ingest(self, data: st.DataObject, times: int) -> None:
@@ -125,22 +135,25 @@ class ExactlyOnce(RuleBasedStateMachine):
             rows = self.database.database.commit([decode(event) for event in events]).rows if events else {}
             for request_id, seq in rows.items():
                 assert self.told.setdefault(request_id, seq) == seq
+                self.reaped.pop(request_id, None)
 
     @rule()
     def crash(self) -> None:
         """All is lost but what is in files."""
         self.ledger.close()
         for request_id, tokens in self.flying.items():
-            self.expected[request_id] = ("abandoned", tokens)
+            self.expected[request_id] = ("abandoned", self.reaped.get(request_id, tokens))
         self.flying.clear()
         self.start()
 
     @invariant()
     def no_row_is_there_twice_or_unasked_and_the_sums_agree(self) -> None:
         rows = rows_at(self.folder)
-        assert {row["request_id"] for row in rows} <= self.expected.keys()
+        assert {row["request_id"] for row in rows} <= self.expected.keys() | self.reaped.keys()
         for row in rows:
-            assert (row["outcome"], row["charged_tokens"]) == self.expected[row["request_id"]]
+            known = row["request_id"]
+            may_be = {self.expected.get(known), ("abandoned", self.reaped.get(known))}
+            assert (row["outcome"], row["charged_tokens"]) in may_be
         assert ask(self.folder, DIFFERENCE) == []
 
     def teardown(self) -> None:
@@ -148,7 +161,9 @@ class ExactlyOnce(RuleBasedStateMachine):
             return
         self.crash()
         self.ledger.write()
-        assert {row["request_id"] for row in rows_at(self.folder)} == self.expected.keys()
+        written = {row["request_id"]: (row["outcome"], row["charged_tokens"]) for row in rows_at(self.folder)}
+        let_go = {name: ("abandoned", tokens) for name, tokens in self.reaped.items() if name not in self.expected}
+        assert written == self.expected | let_go
         self.no_row_is_there_twice_or_unasked_and_the_sums_agree()
         assert self.journal.room == SLOTS
         self.ledger.close()

@@ -236,6 +236,21 @@ async def test_gateways_that_ingest_the_same_events_write_them_once(database: Po
     whole(database, {f"req_{number}" for number in range(20)})
 
 
+async def test_who_was_taken_for_dead_and_ends_has_its_bill_put_right(database: PostgresDatabase) -> None:
+    """A replica that stood still for a minute, or could not reach Redis: another has written what it knew."""
+    async with a_ledger(database.settings()) as one, a_ledger(database.settings()) as two:
+        with one.entry(a_call(USAGE)) as late, one.entry(a_call(USAGE)) as never:
+            for entry, tokens in ((late, 2), (never, 3)):
+                await two.ingest([two.abandoned(entry.intent, tokens)])
+            assert await two.used("team:red", "tokens", 0) == (5, 2)
+            late.close(None)
+            await until(lambda: one.counts.known == 1)
+            assert await two.used("team:red", "tokens", 0) == (15 + 3, 4)
+            assert database.ask(DIFFERENCE) == []
+    whole(database, {late.request_id, never.request_id})
+    assert database.ask("SELECT outcome, completion_tokens FROM usage") == [("completed", 5), ("completed", 5)]
+
+
 async def test_what_no_database_takes_does_not_keep_the_others_out(database: PostgresDatabase) -> None:
     async with a_ledger(database.settings()) as ledger:
         for model in ("smart", "sma\0rt", "smart"):
