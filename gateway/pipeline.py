@@ -60,7 +60,7 @@ class Pipeline:
             return
         if call.attempts:
             self._router.over(call)
-            self._tokens.settle(call)
+        self._tokens.settle(call)
         left = call.error is None and call.outcome != "completed"
         record = call.entry.close(asyncio.CancelledError() if left else call.error)
         self._limiter.settle(call, record)

@@ -172,12 +172,12 @@ class Tokens:
         if usage is None or call.heard.pieces or not (completed or usage.prompt_tokens):
             call.usage = self._reckoned(call)
             call.reckoned = call.usage is not None
-        elif completed:
+        elif completed and call.attempts:  # from the cache, it would be learned again and again
             self._of(call).learn(call, usage)
 
     def _reckoned(self, call: Call) -> Usage | None:
         """What was used, with our own count of what nobody counted; None where nothing was."""
-        if not call.attempts or (call.first_at is None and call.error is not None):
+        if call.first_at is None and (call.error is not None or not call.attempts):
             return None
         usage = call.usage
         estimate = call.estimate or self.prompt(call)

@@ -156,7 +156,8 @@ def settlement(record: UsageRecord | None) -> tuple[Costs, bool]:
     """What was taken, and whether that is exact."""
     if record is None:
         return NOTHING, True
-    return Costs(record.charged_tokens, record.cost_nano or 0), record.usage_source in ("upstream", "none")
+    is_free = not record.charged_tokens  # as an answer from the cache may be, however much of it was read
+    return Costs(record.charged_tokens, record.cost_nano or 0), is_free or record.usage_source == "upstream"
 
 
 def _cap(call: Call) -> None:

@@ -13,7 +13,7 @@ from gateway.errors import Overloaded
 from gateway.ledger import open_ledger
 from gateway.settings import Caching, Database, Limits, Model, Prices, Settings, Target, Upstream
 from tests.cache.conftest import STREAM, both, probed, settings_with
-from tests.cache.test_flights import Stepwise, reading
+from tests.cache.test_flights import TEXT, Stepwise, reading
 from tests.house import HELLO, House, ScriptedAdapter, running
 from tests.served import until
 
@@ -86,6 +86,26 @@ async def test_of_those_who_share_one_pays_and_another_when_that_one_leaves(tmp_
         ("miss", "one/model-1", FULL),
         ("shared", "", 0),
     ]
+
+
+@pytest.mark.parametrize(("share", "cost"), [("full", 5 * 1000 + 2000), ("cached", 5 * 100), ("free", 0)])
+async def test_who_shares_and_leaves_is_billed_its_share_of_what_it_was_given(
+    tmp_path: Path, share: Any, cost: int
+) -> None:
+    adapter = Stepwise()
+    adapter.go(2)
+    settings = priced(Caching(mode="all", hits_cost=share), tokens_per_day=10_000)
+    async with billing(settings, tmp_path, adapter) as house, reading(house) as first:
+        async with reading(house) as other:
+            await other.until(TEXT[0])
+        await until(lambda: len(rows(tmp_path)) == 1)
+        adapter.go()
+        assert (await first.rest())[-1] == "[DONE]"
+        again = await house.post(HELLO)
+    told = rows(tmp_path, "cache, outcome, usage_source, prompt_tokens, completion_tokens, cost_nano")
+    assert told[1] == ("shared", "client_gone", "counted", 5, 1, cost)
+    if share == "free":  # what it had reserved has been given back
+        assert again.headers["x-ratelimit-remaining-tokens"] == str(10_000 - 5 - (3 + 512))
 
 
 async def test_hits_count_against_limits_of_requests(tmp_path: Path) -> None:
