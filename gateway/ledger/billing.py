@@ -43,8 +43,8 @@ def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> Usag
         record.ttft_ms = int((first_at - started) * 1000)
     record.total_ms = int((call.clock() - started) * 1000)
     expected = record.prompt_tokens
-    answered = exc is None or first_at is not None or not isinstance(exc, GatewayError)
-    usage = call.usage if answered else None  # an upstream that failed before it said anything is paid nothing
+    was_given = exc is None or not isinstance(exc, GatewayError) or (first_at is not None and not _was_refused(call))
+    usage = call.usage if was_given else None
     if usage is None:
         record.prompt_tokens = 0
         record.usage_source = "none"
@@ -54,9 +54,15 @@ def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> Usag
     _charge(record, call.hits_cost if hit else "full")
     if call.attempts:
         record.target = call.attempts[-1].target.label
-        record.attempts = _told(call, record, Usage(prompt_tokens=record.prompt_tokens or expected))
+        delivered = call.attempts[-1] if was_given and first_at is not None else None
+        record.attempts = _told(call, record, delivered, Usage(prompt_tokens=record.prompt_tokens or expected))
     call.saved_nano = record.saved_nano
     return record
+
+
+def _was_refused(call: Call) -> bool:
+    """Whether its client was sent an error instead of an answer, although an upstream had begun one."""
+    return call.status is not None and call.status >= 400
 
 
 def _count_in(record: UsageRecord, usage: Usage) -> None:
@@ -118,19 +124,21 @@ class _Tried(Struct, gc=False, omit_defaults=True):
 _encode_json = msgspec.json.Encoder().encode
 
 
-def _told(call: Call, record: UsageRecord, expected: Usage) -> str:
-    delivered = None if call.first_at is None else call.attempts[-1]  # what it used is in the bill, however it ended
-    tried = [_tried(attempt, record, None if attempt is delivered else expected) for attempt in call.attempts]
+def _told(call: Call, record: UsageRecord, delivered: Attempt | None, expected: Usage) -> str:
+    """Each attempt, as JSON. What the *delivered* one used is in the bill, however it ended."""
+    tried = []
+    for attempt in call.attempts:
+        used = (call.usage if attempt.answered else attempt.usage) or expected
+        tried.append(_tried(attempt, record, None if attempt is delivered else used, attempt.ended or call.clock()))
     return _encode_json(tried).decode()
 
 
-def _tried(attempt: Attempt, record: UsageRecord, wasted: Usage | None) -> _Tried:
+def _tried(attempt: Attempt, record: UsageRecord, used: Usage | None, ended: float) -> _Tried:
     error = attempt.error
-    tried = _Tried(attempt.target.label, int((attempt.ended - attempt.started) * 1000))
+    tried = _Tried(attempt.target.label, int((ended - attempt.started) * 1000))
     if error is not None:
         tried.error = type(error).code or type(error).type
-        if wasted is not None and isinstance(error, UpstreamFailed | UpstreamTimeout):  # it may have read the prompt
-            used = attempt.usage or wasted
+        if used is not None and isinstance(error, UpstreamFailed | UpstreamTimeout):  # it may have read the prompt
             prompt, completion = a_count(used.prompt_tokens), a_count(used.completion_tokens)
             tried.wasted_tokens = prompt + completion
             prices = record.prices

@@ -125,6 +125,26 @@ async def test_what_fails_before_its_first_token_is_a_row_that_costs_nothing(tmp
     )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_cannot_be_given_costs_nothing_and_is_a_waste(stream: bool, tmp_path: Path) -> None:
+    unfinished = completion()
+    unfinished["choices"][0]["finish_reason"] = None
+    nonsense = chunk({"content": "Hi"}, index=7, usage={"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5})
+    reply = stream_reply(nonsense) if stream else json_reply(unfinished)
+    async with upstream(reply) as server, gateway(tmp_path, server.settings()) as house:
+        assert (await house.post({**HELLO, "stream": stream})).status_code == 502
+
+    row = await the_row(tmp_path)
+    assert (row["outcome"], row["usage_source"], row["charged_tokens"], row["cost_nano"]) == (
+        "upstream_error",
+        "none",
+        0,
+        0,
+    )
+    (attempt,) = json.loads(row["attempts"])
+    assert (attempt["error"], attempt["wasted_tokens"], attempt["wasted_nano"]) == ("upstream_error", 5, 7000)
+
+
 async def test_what_is_refused_before_it_is_dispatched_is_no_row(tmp_path: Path) -> None:
     async with upstream(json_reply(completion())) as server, gateway(tmp_path, server.settings()) as house:
         refused = [
