@@ -43,7 +43,7 @@ DOORS = {
     "hiredis": "gateway.stores.redis",
     "sqlalchemy": "gateway.database",
     "alembic": "gateway.database",
-    "tiktoken": "gateway.tokens",
+    "tiktoken": "gateway.tokens.encodings",
     "torch": "adapters.local",
     "transformers": "adapters.local",
     "tokenizers": "adapters.local",

@@ -32,7 +32,8 @@ from gateway.schema.payload import Part, Payload
 from gateway.schema.reading import read_request
 from gateway.settings import Settings, Upstream, parse
 from gateway.telemetry import Telemetry
-from gateway.tokens import MAX_COUNTED_BYTES, Tokens
+from gateway.tokens import Tokens
+from gateway.tokens.encodings import MAX_COUNTED_BYTES
 from tests.house import KEY, Received, UpstreamServer, completion, json_reply, running, settings_for, upstream
 
 pytestmark = pytest.mark.anyio
