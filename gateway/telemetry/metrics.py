@@ -5,6 +5,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -138,125 +139,61 @@ class Metrics:
         self._limits: dict[tuple[str, str], int] = {}
         self._cached: dict[tuple[str, str, str], tuple[int, int]] = {}
         self._watched: list[_Watched] = []
-
-        both = ("model", "target")
-        self.requests = Counter(
-            "suiron_requests", "Requests that are over.", (*both, "status", "outcome"), registry=registry
-        )
-        self.in_flight = Gauge(
-            "suiron_requests_in_flight",
-            "Requests under way.",
-            ("model",),
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self.duration = Distribution(
-            "suiron_request_duration_seconds",
-            "From the end of the request to the end of its answer.",
-            both,
-            registry=registry,
-            buckets=WAIT_S,
-        )
-        self.first_token = Distribution(
-            "suiron_time_to_first_token_seconds",
-            "From the request to the first part of its stream.",
-            both,
-            registry=registry,
-            buckets=WAIT_S,
-        )
-        self.between_tokens = Distribution(
-            "suiron_time_between_tokens_seconds",
-            "Between what arrives of a stream; tokens that arrive together count once.",
-            both,
-            registry=registry,
-            buckets=GAPS_S,
-        )
-        self.overhead = Distribution(
-            "suiron_gateway_overhead_seconds",
-            "What the gateway adds: before the first dispatch, and between the first part's arrival and leaving.",
-            ("model",),
-            registry=registry,
-            buckets=OWN_S,
-        )
-        self.estimates = Distribution(
-            "suiron_token_estimate_error",
-            "Tokens that a prompt was estimated to have, for each that the upstream counted: 1 is right.",
-            ("model",),
-            registry=registry,
-            buckets=RATIOS,
-        )
-        self.tokens = Counter("suiron_tokens", "Tokens, as upstreams say.", ("model", "kind"), registry=registry)
-        self.upstream_errors = Counter(
-            "suiron_upstream_errors",
-            "Attempts that failed by the upstream's fault.",
-            ("target", "kind"),
-            registry=registry,
-        )
-        self.retries = Counter(
-            "suiron_retries", "Attempts after a failed one, by the target that failed.", ("target",), registry=registry
-        )
-        self.refused_retries = Counter(
-            "suiron_retries_refused",
-            "Failures that were not tried elsewhere, because too many were.",
-            ("target",),
-            registry=registry,
-        )
-        self.ejections = Counter(
-            "suiron_target_ejections",
-            "How often a target was left alone for a while, and why.",
-            ("target", "reason"),
-            registry=registry,
-        )
-        self.target_up = Gauge(
-            "suiron_target_up",
-            "1, or 0 while it is left alone or on trial.",
-            ("target",),
-            registry=registry,
-            multiprocess_mode="livemin",
-        )
-        self.target_in_flight = Gauge(
-            "suiron_target_requests_in_flight",
-            "Attempts under way.",
-            ("target",),
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self.limits = Counter(
-            "suiron_limits",
-            "Limits that refused, would have, or were nearly used up.",
-            ("limit", "result"),
-            registry=registry,
-        )
-        self.degraded = Counter(
-            "suiron_degraded_requests",
-            "Requests admitted or refused while the store was out of reach.",
-            registry=registry,
-        )
-        self.cached = Counter(
-            "suiron_cache_requests",
-            "Requests to models that keep answers: hit, shared, miss, or bypass.",
-            ("model", "key", "result"),
-            registry=registry,
-        )
-        self.saved = Counter(
-            "suiron_cache_saved_usd",
-            "What hits and shared answers would have cost besides.",
-            ("model", "key"),
-            registry=registry,
-        )
-        self.lag = Distribution(
-            "suiron_event_loop_lag_seconds",
-            "How late the event loop is, four times a second.",
-            registry=registry,
-            buckets=LAG_S,
-        )
-        self.dropped = Counter(
-            "suiron_log_lines_dropped", "Log lines lost because nobody took them.", registry=registry
-        )
         build = Gauge("suiron_build_info", "1.", ("version", "python"), registry=registry, multiprocess_mode="livemax")
         build.labels(__version__, platform.python_version()).set(1)
         if self._shared is None:
             ProcessCollector(registry=registry)
+        self._declare(registry)
+
+    def _declare(self, registry: CollectorRegistry) -> None:
+        """All that there is, but for what other parts count; name, meaning, labels."""
+        counter = partial(Counter, registry=registry)
+        gauge = partial(Gauge, registry=registry, multiprocess_mode="livesum")
+        distribution = partial(Distribution, registry=registry)
+        model, target, both = ("model",), ("target",), ("model", "target")
+
+        about = "Requests that are over."
+        self.requests = counter("suiron_requests", about, (*both, "status", "outcome"))
+        about = "Requests under way."
+        self.in_flight = gauge("suiron_requests_in_flight", about, model)
+        about = "From the end of the request to the end of its answer."
+        self.duration = distribution("suiron_request_duration_seconds", about, both, buckets=WAIT_S)
+        about = "From the request to the first part of its stream."
+        self.first_token = distribution("suiron_time_to_first_token_seconds", about, both, buckets=WAIT_S)
+        about = "Between what arrives of a stream; tokens that arrive together count once."
+        self.between_tokens = distribution("suiron_time_between_tokens_seconds", about, both, buckets=GAPS_S)
+        about = "What the gateway adds: before the first dispatch, and between the first part's arrival and leaving."
+        self.overhead = distribution("suiron_gateway_overhead_seconds", about, model, buckets=OWN_S)
+        about = "Tokens that a prompt was estimated to have, for each that the upstream counted: 1 is right."
+        self.estimates = distribution("suiron_token_estimate_error", about, model, buckets=RATIOS)
+        about = "How late the event loop is, four times a second."
+        self.lag = distribution("suiron_event_loop_lag_seconds", about, buckets=LAG_S)
+
+        about = "Tokens, as upstreams say; by our own count where one did not."
+        self.tokens = counter("suiron_tokens", about, ("model", "kind"))
+        about = "Attempts that failed by the upstream's fault."
+        self.upstream_errors = counter("suiron_upstream_errors", about, ("target", "kind"))
+        about = "Attempts after a failed one, by the target that failed."
+        self.retries = counter("suiron_retries", about, target)
+        about = "Failures that were not tried elsewhere, because too many were."
+        self.refused_retries = counter("suiron_retries_refused", about, target)
+        about = "How often a target was left alone for a while, and why."
+        self.ejections = counter("suiron_target_ejections", about, ("target", "reason"))
+        about = "1, or 0 while it is left alone or on trial."
+        self.target_up = gauge("suiron_target_up", about, target, multiprocess_mode="livemin")
+        about = "Attempts under way."
+        self.target_in_flight = gauge("suiron_target_requests_in_flight", about, target)
+
+        about = "Limits that refused, would have, or were nearly used up."
+        self.limits = counter("suiron_limits", about, ("limit", "result"))
+        about = "Requests admitted or refused while the store was out of reach."
+        self.degraded = counter("suiron_degraded_requests", about)
+        about = "Requests to models that keep answers: hit, shared, miss, or bypass."
+        self.cached = counter("suiron_cache_requests", about, ("model", "key", "result"))
+        about = "What hits and shared answers would have cost besides."
+        self.saved = counter("suiron_cache_saved_usd", about, ("model", "key"))
+        about = "Log lines lost because nobody took them."
+        self.dropped = counter("suiron_log_lines_dropped", about)
 
     def begun(self, model: str) -> None:
         self._flying[model] = self._flying.get(model, 0) + 1
