@@ -5,7 +5,7 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -436,26 +436,27 @@ def _inconsistencies(settings: Settings) -> Iterator[Fault]:
 
 def _holder_faults(settings: Settings) -> Iterator[Fault]:
     """Models that are not there, limits that their kind cannot have, and users whose limits lie in two places."""
-    groups: dict[Steps, Limits] = {("limits",): settings.limits}
-    groups |= {("models", name, "limits"): model.limits for name, model in settings.models.items()}
+    every = list(settings.models)
+    groups: dict[Steps, tuple[Limits, Sequence[str]]] = {("limits",): (settings.limits, every)}
+    groups |= {("models", name, "limits"): (model.limits, [name]) for name, model in settings.models.items()}
     holders: dict[Steps, Key | Group] = {("auth", "keys", i): key for i, key in enumerate(settings.auth.keys)}
     holders |= {("auth", "teams", name): group for name, group in settings.auth.teams.items()}
     holders |= {("auth", "users", name): group for name, group in settings.auth.users.items()}
     for path, holder in holders.items():
-        groups[*path, "limits"] = holder.limits
+        groups[*path, "limits"] = (holder.limits, every if holder.models is None else holder.models)
         for position, name in enumerate(holder.models or ()):
             if name not in settings.models:
                 yield (*path, "models", position), f"there is no model '{name}'{_near(name, settings.models)}"
         for name, limits in holder.limits.models.items():
-            groups[*path, "limits", "models", name] = limits
+            groups[*path, "limits", "models", name] = (limits, [name])
             if name not in settings.models:
                 yield (*path, "limits", "models", name), f"there is no model '{name}'{_near(name, settings.models)}"
-    for path, limits in groups.items():
+    for path, (limits, models) in groups.items():
         for name in Limits.__struct_fields__:
             if (much := getattr(limits, name)) is not None and (fault := _limit_fault(name, much)):
                 yield (*path, name), fault
-            if much is not None and name.startswith("usd") and (free := _unpriced(settings, path)):
-                yield (*path, name), f"the model '{free}' has no prices: give it some (0, if it costs nothing)"
+            if much is not None and name.startswith("usd") and (unpriced := _unpriced(settings, models)):
+                yield (*path, name), f"the model '{unpriced}' has no prices: give it some (0, if it costs nothing)"
     for user, group in settings.auth.users.items():
         teams = {key.team for key in settings.auth.keys if key.user == user}
         if group.limits != LimitsByModel() and len(teams) > 1:
@@ -479,10 +480,9 @@ def _limit_fault(name: str, much: float | Limit) -> str | None:
     return None
 
 
-def _unpriced(settings: Settings, path: Steps) -> str | None:
-    """A model without prices that a limit of money at *path* may be asked for."""
-    on = path[path.index("models") + 1] if "models" in path else None
-    return next((name for name, model in settings.models.items() if on in (None, name) and model.prices is None), None)
+def _unpriced(settings: Settings, models: Sequence[str]) -> str | None:
+    """The first of *models* without prices: a limit of money cannot count it."""
+    return next((name for name in models if name in settings.models and settings.models[name].prices is None), None)
 
 
 _BASE_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^\s?#]*)?", re.ASCII)

@@ -133,3 +133,17 @@ def test_a_limit_of_money_needs_prices() -> None:
     unpriced = "upstreams: {echo: {adapter: echo}}\nmodels: {smart: {targets: [{upstream: echo}]}}\n"
     with pytest.raises(SettingsError, match="the model 'smart' has no prices: give it some"):
         parse(f"{unpriced}limits: {{usd_per_day: 1}}", "g.yaml")
+
+
+def test_a_limit_of_money_needs_no_prices_on_what_its_key_may_not_use() -> None:
+    document = """
+        upstreams: {echo: {adapter: echo}}
+        models:
+          smart: {targets: [{upstream: echo}], prices: {input: 1, output: 2}}
+          other: {targets: [{upstream: echo}]}
+        auth:
+          keys: [{name: a, sha256: %s, models: [smart%s], limits: {usd_per_day: 1}}]
+    """
+    assert parse(document % ("a" * 64, ""), "g.yaml").has_limits
+    with pytest.raises(SettingsError, match=r"auth\.keys\[0\]\.limits\.usd_per_day: the model 'other' has no prices"):
+        parse(document % ("a" * 64, ", other"), "g.yaml")
