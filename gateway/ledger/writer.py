@@ -22,7 +22,7 @@ CATCHING_UP = 2000
 """Rows of a group when there is a backlog."""
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)
 NICENESS = 10
-"""Of the thread: where a core is short, requests are served first."""
+"""Of the thread, on top of the process's: where a core is short, requests are served first."""
 QUIET_S = 10.0
 """How long after a complaint about the database the next one waits."""
 
@@ -142,7 +142,7 @@ class Writer:
 
     def _run(self) -> None:
         if sys.platform == "linux":  # elsewhere, this would be the whole process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            os.nice(NICENESS)
         while self._gather() or not self._stopping.is_set():
             try:
                 self.write()
