@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent.parent
-TESTS = ["tests/stores/test_contract.py", "tests/stores/test_properties.py", "tests/stores/test_redis_faults.py"]
+TESTS = [f"tests/stores/test_{name}.py" for name in ("contract", "properties", "redis_faults", "forgotten")]
 COMMON, ADMIT, SETTLE, CHARGE, HEARTBEAT, SEED = (
     f"lua/{name}.lua" for name in ("common", "admit", "settle", "charge", "heartbeat", "seed")
 )
@@ -45,6 +45,30 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "a clock that steps back turns the window back": (COMMON, "elseif current < w.last then", "elseif false then"),
     "an old cost counts as of now": (COMMON, "if admitted < now then", "if false then"),
+    "nobody tells what was lost": (COMMON, "if saw and now < ends and", "if false and now < ends and"),
+    "what has ended is told as lost": (COMMON, "if saw and now < ends and", "if saw and ends > 0 and"),
+    "only a window that is not there is lost": (COMMON, "(not got[1] or born > since)", "not got[1]"),
+    "a window is lost to who made it": (COMMON, "born > since", "born >= since"),
+    "what several saw adds up": (COMMON, "local more = used - (tonumber(got[1]) or 0)", "local more = used"),
+    "what is told counts as of now": (
+        COMMON,
+        "max(floor(ends / size) - BUCKETS - 1, last - BUCKETS), more)",
+        "floor(now / size), more)",
+    ),
+    "what came back before it was told counts twice": (COMMON, "if got[3] and tonumber(got[4]) <= since", "if false"),
+    "whatever came back was seen": (COMMON, "if got[3] and tonumber(got[4]) <= since", "if got[3]"),
+    "what was told counts twice where it comes back": (COMMON, "told and admitted <= tonumber(told)", "false"),
+    "whatever comes back was told": (COMMON, "told and admitted <= tonumber(told)", "told"),
+    "a birth may be in the future": (COMMON, "if born > now then", "if false then"),
+    "what was told pays for what was taken beyond": (
+        SETTLE,
+        "local expected = min(used, reserved[rule[2]])",
+        "local expected = used",
+    ),
+    "each key tells what it has seen itself": ("redis/views.py", "self._views.setdefault(name, View())", "View()"),
+    "what was seen is told for ever": ("redis/views.py", "if now_s < view.until_s else _NOTHING", ""),
+    "a repeated answer is taken for news": ("redis/store.py", "if reply[0] < 2:", "if reply[0] != 2:"),
+    "who is refused has seen nothing": ("redis/store.py", "if reply[0] < 2:", "if reply[0] == 0:"),
     "leases never lapse": (COMMON, "string.format('(%d', now)", "'-inf'"),
     "leases are not limited": (COMMON, "if l.used < limit then return 0 end", "if true then return 0 end"),
     "a quota ignores its limit": (COMMON, "if q.used + cost <= limit then return 0 end", "if true then return 0 end"),

@@ -1,7 +1,7 @@
 """What always holds? Both stores side by side against an ideal log; replicas that crash, over a Redis that forgets."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, TypeVar
@@ -36,6 +36,7 @@ PLANS: tuple[tuple[Rule, ...], ...] = (
 SKIPS = st.sampled_from([1, 400, 999, 1_000, 7_300, 29_999, 30_000, 44_000, MINUTE, 61_000, HOUR, 6 * HOUR, DAY])
 TOKENS = st.integers(0, 70)
 MONEY = st.integers(0, 400)
+Counter = tuple[str, str, int]
 T = TypeVar("T")
 
 
@@ -67,8 +68,8 @@ class Log:
     def lower(self, request_id: str, amount: int) -> None:
         self.entries = [(at, who, amount if who == request_id else much) for at, who, much in self.entries]
 
-    def within(self, now: int, span: int) -> int:
-        return sum(amount for at, _, amount in self.entries if now - span < at <= now)
+    def within(self, now: int, span: int, apart_from: Container[str] = ()) -> int:
+        return sum(amount for at, who, amount in self.entries if now - span < at <= now and who not in apart_from)
 
 
 class Machine(RuleBasedStateMachine):
@@ -82,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         self.clock = Clock(BEGIN)
         self.ledger = Ledger()
         self.requests: list[Request] = []
-        self.logs: dict[tuple[str, str, int], Log] = {}
+        self.logs: dict[Counter, Log] = {}
         self.leases: dict[str, dict[str, int]] = {}
         self.client = redis.Redis(port=self.server.port, socket_timeout=10)
         self.client.flushall()
@@ -183,7 +184,7 @@ class Machine(RuleBasedStateMachine):
     def buckets_add_up(self) -> None:
         for name in self.client.scan_iter("{g1:*}:w:*"):
             window = {place: int(value) for place, value in self.client.hgetall(name).items()}
-            buckets = [value for place, value in window.items() if place not in (b"last", b"used")]
+            buckets = [value for place, value in window.items() if place.isdigit()]
             assert min(buckets, default=0) >= 0
             assert window[b"used"] == sum(buckets)
 
@@ -355,8 +356,9 @@ class Replicas(Machine):
     """
     Two replicas that crash and come back, over a Redis that forgets, told some things twice and others not at all.
 
-    Between two losses no limit of the ideal breaks; over one, no more than twice. In the end, when the living have
-    settled theirs and have found what the dead left, each admitted request has its row, and quotas are what rows say.
+    Between two losses no limit of the ideal breaks; over one, by no more than what none of the replicas that have asked
+    since had seen before, and never twice. In the end, when the living have settled theirs and have found what the dead
+    left, each admitted request has its row, and quotas are what rows say.
     """
 
     def __init__(self) -> None:
@@ -365,7 +367,13 @@ class Replicas(Machine):
         self.plans = [[Plan("t", rules) for rules in PLANS] for _ in range(2)]
         self.owner: dict[str, int] = {}
         self.abandoned: set[str] = set()
-        self.before_loss: dict[tuple[str, str, int], Log] = {}
+        self.before_loss: dict[Counter, Log] = {}
+        self.used_at_loss: dict[Counter, int] = {}
+        self.saw: list[dict[Counter, tuple[int, int]]] = [{}, {}]
+        """Of each replica: how much was used, and until when that counts, as it was last told."""
+        self.to_tell: list[dict[Counter, tuple[int, int]]] = [{}, {}]
+        """What it saw before the loss, until it asks."""
+        self.told: dict[Counter, int] = {}
         self.lost_ms = 0
         self.journals: list[Request] = []
 
@@ -381,16 +389,39 @@ class Replicas(Machine):
         now = self.clock.now_ms
         for counter in PLANS[request.plan]:
             if isinstance(counter, Window) and not counter.shadow:
-                before = self.before_loss.get((counter.scope, counter.metric, counter.window_ms), Log())
-                used = self.counted(request, counter).within(now, counter.window_ms)
+                name = (counter.scope, counter.metric, counter.window_ms)
+                before, log = self.before_loss.get(name, Log()), self.counted(request, counter)
+                used = log.within(now, counter.window_ms)
                 debts = sum(amount for at, who, amount in before.entries if who == "debt")
                 assert used <= counter.limit
                 assert used + before.within(now, counter.window_ms) <= 2 * counter.limit + debts
+                again = {who for _, who, _ in before.entries if who != "debt"}
+                across = before.within(now, counter.window_ms) + log.within(now, counter.window_ms, again)
+                unseen = max(0, self.used_at_loss.get(name, 0) - self.told.get(name, 0))
+                assert across <= counter.limit + unseen
+
+    def count_settlement(self, request: Request, actual: Costs, exact: bool) -> None:
+        super().count_settlement(request, actual, exact)
+        for (_, metric, _), log in self.before_loss.items():
+            if exact and getattr(actual, metric) <= getattr(request.costs, metric):
+                log.lower(request.request_id, getattr(actual, metric))
+
+    def count_views(self, request: Request, replica: int, answer: Decision) -> None:
+        """What *replica* has told of the windows of its request, and what it has seen of them."""
+        now = self.clock.now_ms
+        for index, counter in enumerate(PLANS[request.plan]):
+            if isinstance(counter, Window):
+                name = (counter.scope, counter.metric, counter.window_ms)
+                used, until = self.to_tell[replica].pop(name, (0, 0))
+                if now < until:
+                    self.told[name] = max(used, self.told.get(name, 0))
+                self.saw[replica][name] = counter.limit - answer.remaining[index], now + answer.reset_ms[index]
 
     @rule(plan=st.integers(0, 2), tokens=TOKENS, nano_usd=MONEY, replica=st.integers(0, 1), lost=st.booleans())
     def asks(self, plan: int, tokens: int, nano_usd: int, replica: int, lost: bool) -> None:
         request = self.new(plan, tokens, nano_usd)
         answer = self.run(self.replicas[replica].admit(self.reservation(request, replica)))
+        self.count_views(request, replica, answer)
         if lost:  # and asked again, of whichever replica
             assert self.run(self.replicas[1 - replica].admit(self.reservation(request, 1 - replica))) == answer
         if answer.denied is None:
@@ -451,10 +482,13 @@ class Replicas(Machine):
             self.write(request)
         self.journals.clear()
         self.client.flushall()
+        self.clock.forward(1)
         now = self.clock.now_ms
         if any(log.within(now, span) for (_, _, span), log in self.before_loss.items()):
             self.clock.forward(HOUR)  # one fault at a time: the windows that contain the last one are over
         self.lost_ms = now
+        self.used_at_loss = {name: log.within(now, name[2]) for name, log in self.logs.items()}
+        self.to_tell, self.saw, self.told = self.saw, [{}, {}], {}
         self.before_loss, self.logs, self.leases = self.logs, {}, {name: {} for name in self.leases}
         self.the_living_are_kept_up()
         for request in self.mine():
@@ -469,6 +503,7 @@ class Replicas(Machine):
             if request.seq is None and self.owner[request.request_id] == replica:
                 self.journals.append(request)
         self.run(_let_go(self.replicas[replica]))
+        self.saw[replica], self.to_tell[replica] = {}, {}
         self.abandoned |= {r.request_id for r in self.mine() if self.owner[r.request_id] == replica}
         self.replicas[replica] = self.replica()
         self.plans[replica] = [Plan("t", rules) for rules in PLANS]

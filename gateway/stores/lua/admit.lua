@@ -1,16 +1,17 @@
--- Reserve for all rules, or for none and change nothing.
--- KEYS: deadlines, one for each rule, reservation. ARGV: plan, costs, intent, request id.
+-- Reserve for all rules, or for none and take nothing.
+-- KEYS: deadlines, one for each rule, reservation. ARGV: plan, costs, intent, request id, views.
 -- → {0, now, remaining, reset, shadowed} | {1, … , denied, wait} | {2, now, rule, period, …} for quotas to be seeded
+-- | {3, …} as 0, which was the answer before
 
 local known = redis.call('GET', KEYS[#KEYS])
 if known then
   local record = cmsgpack.unpack(known)
-  return {0, record[2], record[3], record[4], record[5]}
+  return {3, record[2], record[3], record[4], record[5]}
 end
 
 local now = clock()
 local rules, costs = cmsgpack.unpack(ARGV[1]), costs_of(ARGV[2])
-local seen = look(rules, now)
+local seen = look(rules, now, ARGV[5])
 
 local unknown = {2, now}
 for i, rule in ipairs(rules) do

@@ -16,8 +16,8 @@ local DAY = 86400000
 
 local floor, ceil, max, min = math.floor, math.ceil, math.max, math.min
 
-local function costs_of(packed)
-  local tokens, nano_usd, requests = struct.unpack('<ddd', packed)
+local function costs_of(packed, at)
+  local tokens, nano_usd, requests = struct.unpack('<ddd', packed, at or 1)
   return {tokens, nano_usd, requests, [0] = 1}
 end
 
@@ -42,15 +42,46 @@ local function period(span, at)
 end
 
 -- Windows: a hash of bucket → used, with the sum of them in `used`, and in `last` the bucket of the last writing, after
--- which the buckets that have left the window since are still in the sum.
+-- which the buckets that have left the window since are still in the sum. `born` is when it was made of nothing. What Redis had lost
+-- and callers tell of is in `lost`, what that is known up to in `told`; what came back by itself in `again`, the newest of
+-- it in `newest`.
 
 local window = {}
 
-function window.look(key, rule, now)
+-- Writes. A caller saw `used` in it at `since`, and until `ends` none of that would have left: so long it counts. Of
+-- several that saw different things, the one that saw most is right.
+function window.restore(key, rule, size, last, used, since, ends, now)
+  if not last then
+    last = floor(ends / size) - BUCKETS - 1
+    redis.call('HSET', key, 'last', last, 'used', 0, 'born', now)
+    redis.call('PEXPIRE', key, rule[4] + 3 * size)
+  end
+  local got = redis.call('HMGET', key, 'lost', 'told', 'again', 'newest')
+  local more = used - (tonumber(got[1]) or 0)
+  if got[3] and tonumber(got[4]) <= since then more = more - tonumber(got[3]) end
+  if more <= 0 then return end
+  redis.call('HINCRBY', key, 'lost', more)
+  redis.call('HSET', key, 'told', max(since, tonumber(got[2]) or 0))
+  redis.call('HINCRBY', key, 'used', more)
+  redis.call('HINCRBY', key, max(floor(ends / size) - BUCKETS - 1, last - BUCKETS), more)
+end
+
+-- `saw`, `since` and `ends`: what the caller was last told was used, when, and when all of it will have left. Until then
+-- the hash outlives that moment; one that is younger, or none, proves a loss.
+function window.look(key, rule, now, saw, since, ends)
   local size = ceil(rule[4] / BUCKETS)
   local current = floor(now / size)
-  local got = redis.call('HMGET', key, 'last', 'used', current)
-  local w = {key = key, size = size, current = current, last = tonumber(got[1]), used = 0, here = 0, gone = {}}
+  local got = redis.call('HMGET', key, 'last', 'used', current, 'born')
+  local born = tonumber(got[4]) or 0
+  if born > now then -- the clock has stepped back: what is seen from now on is not of before the birth
+    redis.call('HSET', key, 'born', now)
+    born = now
+  end
+  if saw and now < ends and (not got[1] or born > since) then
+    window.restore(key, rule, size, tonumber(got[1]), saw, since, ends, now)
+    got = redis.call('HMGET', key, 'last', 'used', current)
+  end
+  local w = {key = key, size = size, current = current, last = tonumber(got[1]), used = 0, here = 0, gone = {}, now = now}
   w.lasts = rule[4] + 3 * size
   if not w.last then return w end
   if current > w.last + BUCKETS then
@@ -104,6 +135,7 @@ function window.add(w, bucket, amount)
   if bucket == w.current then w.here = w.here + amount end
   redis.call('HSET', w.key, 'last', w.current, 'used', w.used, w.current, w.here)
   if bucket ~= w.current then redis.call('HINCRBY', w.key, bucket, amount) end
+  if not w.last then redis.call('HSET', w.key, 'born', w.now) end
   if w.anew or w.last ~= w.current then redis.call('PEXPIRE', w.key, w.lasts) end
   w.anew, w.last, w.gone = false, w.current, {}
 end
@@ -111,10 +143,23 @@ end
 -- Writes. Counts as of when it was admitted; the bucket, or nothing where that has left the window.
 function window.take(w, _, cost, now, admitted)
   local bucket = w.current
-  if admitted < now then bucket = min(bucket, floor(admitted / w.size)) end
-  if bucket < w.current - BUCKETS then return false, 0 end
-  window.add(w, bucket, cost)
+  if admitted < now then
+    bucket = min(bucket, floor(admitted / w.size))
+    if bucket < w.current - BUCKETS then return false, 0 end
+    window.retake(w, bucket, cost, admitted)
+  else
+    window.add(w, bucket, cost)
+  end
   return bucket, cost
+end
+
+-- Writes. What was admitted before, unless it is in what was told.
+function window.retake(w, bucket, cost, admitted)
+  local told, newest = unpack(redis.call('HMGET', w.key, 'told', 'newest'))
+  if cost == 0 or told and admitted <= tonumber(told) and not w.anew then return end
+  window.add(w, bucket, cost)
+  redis.call('HINCRBY', w.key, 'again', cost)
+  redis.call('HSET', w.key, 'newest', max(admitted, tonumber(newest) or 0))
 end
 
 -- Writes. More than was reserved is spent now, less was not spent then. Always the whole truth.
@@ -205,10 +250,19 @@ end
 
 local counters = {w = window, c = lease, q = quota}
 
-local function look(rules, now)
-  local seen = {}
+-- What the rules' counters hold. `views` is what the caller has seen of each window, one after the other.
+local function look(rules, now, views)
+  local seen, at = {}, 1
   for i, rule in ipairs(rules) do
-    if rule[6] > 0 then seen[i] = seen[rule[6]] else seen[i] = counters[rule[1]].look(KEYS[i + 1], rule, now) end
+    if rule[6] > 0 then
+      seen[i] = seen[rule[6]]
+    elseif views and rule[1] == 'w' then
+      local saw, since, ends
+      saw, since, ends, at = struct.unpack('<ddd', views, at)
+      seen[i] = window.look(KEYS[i + 1], rule, now, saw, since, ends)
+    else
+      seen[i] = counters[rule[1]].look(KEYS[i + 1], rule, now)
+    end
   end
   return seen
 end

@@ -1,6 +1,6 @@
 -- Replace what was reserved by what was used, and leave the event for the ledgers of all replicas.
 -- KEYS: deadlines, one for each rule, stream, reservation.
--- ARGV: plan, actual costs, request id, whether a lost reservation counts, ms since admission, event.
+-- ARGV: plan, actual and reserved costs, request id, whether a lost reservation counts, ms since admission, event.
 -- → {0 | 2 where quotas wait for the row, stream entry}; {1} where there is nothing to settle
 
 local known = redis.call('GET', KEYS[#KEYS])
@@ -13,6 +13,7 @@ if not record and ARGV[4] == '0' then return {1} end
 local now = clock()
 local rules, actual, id = cmsgpack.unpack(ARGV[1]), costs_of(ARGV[2]), ARGV[3]
 local admitted = record and record[2] or now - tonumber(ARGV[5])
+local reserved = costs_of(ARGV[2], 25)
 local late = {}
 
 local function wait_for_row(i, rule)
@@ -35,7 +36,10 @@ else
   record = {'', admitted}
   for i, rule in ipairs(rules) do
     if rule[6] == 0 and rule[1] == 'w' then
-      window.take(window.look(KEYS[i + 1], rule, now), rule, actual[rule[2]], now, admitted)
+      local used, w = actual[rule[2]], window.look(KEYS[i + 1], rule, now)
+      local expected = min(used, reserved[rule[2]])
+      local bucket = window.take(w, rule, expected, now, admitted)
+      if bucket then window.add(w, bucket, used - expected) end
     elseif rule[6] == 0 and rule[1] == 'q' then
       wait_for_row(i, rule)
     end

@@ -8,6 +8,7 @@ import msgspec
 from gateway.stores import Lease, Plan, Quota, Rule, Window
 from gateway.stores.redis.places import partition_of, tag
 from gateway.stores.redis.scripts import Scripts, bulk
+from gateway.stores.redis.views import Views
 
 METRICS = {"tokens": 1, "nano_usd": 2, "requests": 3}
 
@@ -21,7 +22,7 @@ class Prepared:
     A plan as the scripts take it. `rules` is what they know of its rules, in msgpack; `rules_bulk` that as it is sent.
 
     After the keys of the rules comes that of the reservation, which begins with `reservation`. `lost_counts`: a settle
-    that finds no reservation counts all the same.
+    that finds no reservation counts all the same. `views` are the store's, made when it is first asked.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class Prepared:
         "rules",
         "rules_bulk",
         "settle",
+        "views",
     )
 
     def __init__(self, scripts: Scripts, partition: int, rules: bytes, names: list[str], lost_counts: bool) -> None:
@@ -46,11 +48,12 @@ class Prepared:
         self.reservation = key(partition, "r:")
         self.reservation_length = len(self.reservation)
         self.lost_counts = lost_counts
+        self.views: Views | None = None
         self.admit = self.admit_head()
         self.settle = self.settle_head()
 
     def admit_head(self, whole: bool = False) -> bytes:
-        return self._scripts.admit.head(self.keys, 1, 4, whole)
+        return self._scripts.admit.head(self.keys, 1, 5, whole)
 
     def settle_head(self, whole: bool = False) -> bytes:
         return self._scripts.settle.head([*self.keys, key(self.partition, "u")], 1, 6, whole)

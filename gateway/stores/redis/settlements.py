@@ -63,15 +63,17 @@ class Settlements:
         prepared: Prepared = settling.reservation.plan.prepared
         now = self._monotonic_s()
         lost_counts = prepared.lost_counts and now - settling.unsure_since_s < CERTAIN_S
-        request_id, actual, event = settling.reservation.request_id.encode(), settling.actual, settling.event
+        request_id, event = settling.reservation.request_id.encode(), settling.event
+        actual, reserved = settling.actual, settling.reservation.costs
         age = b"%d" % max(0, round((now - settling.reservation.since_s) * 1000))
-        command = b"%b$%d\r\n%b%b\r\n%b$24\r\n%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+        command = b"%b$%d\r\n%b%b\r\n%b$48\r\n%b%b\r\n$%d\r\n%b\r\n$1\r\n%d\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
             prepared.settle_head(whole=True) if whole else prepared.settle,
             prepared.reservation_length + len(request_id),
             prepared.reservation,
             request_id,
             prepared.rules_bulk,
             pack_costs(actual.tokens, actual.nano_usd, actual.requests),
+            pack_costs(reserved.tokens, reserved.nano_usd, reserved.requests),
             len(request_id),
             request_id,
             lost_counts,

@@ -20,8 +20,11 @@ from gateway.stores.redis.places import PARTITIONS, Places, parse, places, tag
 from gateway.stores.redis.plans import Prepared, key, prepare, revive
 from gateway.stores.redis.scripts import Scripts
 from gateway.stores.redis.settlements import Settlements
+from gateway.stores.redis.views import Seen
 from gateway.stores.seeding import Seeding
 
+ANSWERED = (0, 3)
+"""Of an admission: now, or before."""
 AT_A_TIME = 100
 STRAY_MS = 5_000
 MEMBER_MS = 15_000
@@ -62,6 +65,7 @@ class RedisStore:
         self._settled_down_s = settled_down_s
         self._scripts = Scripts(given_clock=now_ms is not None)
         self._seeding = Seeding(used)
+        self._seen = Seen()
         self._name = secrets.token_hex(8)
         self._seedings = itertools.count()
         self.available = False
@@ -117,9 +121,12 @@ class RedisStore:
     async def admit(self, reservation: Reservation) -> Decision:
         plan = reservation.plan
         prepared: Prepared = plan.prepared or prepare(plan, self._scripts)
+        views = prepared.views = prepared.views or self._seen.of(plan)
         for _ in range(1 + SEEDINGS):
             reply = await self._calls.ask(prepared.partition, lambda whole: self._admission(reservation, whole))
-            if reply[0] == 0:
+            if reply[0] < 2:
+                views.renew(reservation.since_s, reply[1], reply[2], reply[3])
+            if reply[0] in ANSWERED:
                 return Decision(reply[2], reply[3], shadowed=tuple(reply[4]), at_ms=reply[1])
             if reply[0] == 1:
                 wait = None if reply[6] < 0 else reply[6]
@@ -130,8 +137,10 @@ class RedisStore:
 
     def _admission(self, reservation: Reservation, whole: bool) -> bytes:
         prepared: Prepared = reservation.plan.prepared
+        assert prepared.views is not None
         request_id, intent, costs = reservation.request_id.encode(), reservation.intent, reservation.costs
-        command = b"%b$%d\r\n%b%b\r\n%b$24\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+        views = prepared.views.told(reservation.since_s)
+        command = b"%b$%d\r\n%b%b\r\n%b$24\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
             prepared.admit_head(whole=True) if whole else prepared.admit,
             prepared.reservation_length + len(request_id),
             prepared.reservation,
@@ -142,6 +151,8 @@ class RedisStore:
             intent,
             len(request_id),
             request_id,
+            len(views),
+            views,
         )
         return self._calls.timed(command)
 
