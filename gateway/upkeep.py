@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from gateway.database.record import decode, encode
-from gateway.ledger import Ledger, LedgerUnavailable
+from gateway.ledger import Ledger
 from gateway.limits import Limiter, settlement
-from gateway.stores import LimitStore, Reservation, StoreUnavailable
+from gateway.stores import LedgerUnavailable, LimitStore, Reservation, StoreUnavailable
 from gateway.tokens import Tokens
 
 BEAT_S = 10

@@ -16,13 +16,14 @@ import msgspec
 
 from gateway import settings
 from gateway.call import Call
-from gateway.database import Database, DatabaseUnavailable, Kind, Metric
+from gateway.database import Database, DatabaseUnavailable, Kind, Metric, Unwritable
 from gateway.database.record import UsageRecord, decode, encode
 from gateway.errors import LedgerFull
 from gateway.journal import MAX_INTENT, MAX_OUTCOME, SLOT_BYTES, CannotJournal, Journal, JournalFull, adopt, create
 from gateway.ledger.billing import a_count, complete, intended, shortened
 from gateway.ledger.writer import Committed, LedgerCounts, Writer
 from gateway.settings import SettingsError
+from gateway.stores import LedgerUnavailable
 
 FIRST_S, FLUSH_S = 5.0, 2.0
 """How long the start waits for what was left, and the end for the last records."""
@@ -31,10 +32,6 @@ READERS = 2
 READ_S = 5.0
 
 logger = logging.getLogger("suiron.ledger")
-
-
-class LedgerUnavailable(Exception):
-    """The database cannot be asked now."""
 
 
 class Ledger:
@@ -136,7 +133,7 @@ class Ledger:
         try:
             asking = asyncio.get_running_loop().run_in_executor(self._readers, ask)
             return await asyncio.wait_for(asking, READ_S)
-        except (DatabaseUnavailable, TimeoutError) as exc:
+        except (DatabaseUnavailable, Unwritable, TimeoutError) as exc:
             raise LedgerUnavailable(str(exc)) from None
 
     async def ingest(self, events: Sequence[bytes]) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """What holds while the store is out of reach? Each limit by its own policy, on counters of this process."""
 
 import time
+from collections.abc import Callable
 
 import msgspec
 
 from gateway.errors import LimiterUnavailable
 from gateway.limits.terms import Term, Terms
-from gateway.stores import Costs, Decision, Lease, Metric, Plan, Quota, Reservation, Used, Window
+from gateway.stores import Costs, Decision, Lease, LedgerUnavailable, Metric, Plan, Quota, Reservation, Used, Window
 from gateway.stores.memory import MemoryStore, clock_ms, period
 
 GUARD_SHARE = 0.05
@@ -26,37 +27,46 @@ class Shares:
     exceeded by more than what was in flight.
     """
 
-    def __init__(self, replicas: int, used: Used) -> None:
-        self._memory = MemoryStore(_nothing)
+    def __init__(self, replicas: int, used: Used, now_ms: Callable[[], int] = clock_ms) -> None:
+        self._memory = MemoryStore(_nothing, now_ms)
+        self._now_ms = now_ms
         self._replicas = max(1, replicas)
         self._used = used
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, tuple[Plan, float]] = {}
+        """Of each plan the rules here, and until when: then a quota starts anew."""
 
     async def admit(self, terms: Terms, reservation: Reservation) -> Decision:
         """Raises LimiterUnavailable."""
-        plan = self._plans.get(id(terms.plan)) or await self._begin(terms)
+        plan = self._begun(terms.plan) or await self._begin(terms)
         return await self._memory.admit(self._here(plan, reservation))
 
     def settle(self, reservation: Reservation, actual: Costs, *, exact: bool) -> None:
-        if plan := self._plans.get(id(reservation.plan)):
+        plan, _ = self._plans.get(id(reservation.plan)) or (None, 0)
+        if plan is not None:
             self._memory.settle(self._here(plan, reservation), actual, exact=exact)
 
     def _here(self, plan: Plan, reservation: Reservation) -> Reservation:
         return Reservation(plan, reservation.request_id, reservation.costs)
 
+    def _begun(self, plan: Plan) -> Plan | None:
+        ours, until_ms = self._plans.get(id(plan)) or (None, 0)
+        return ours if self._now_ms() < until_ms else None
+
     async def _begin(self, terms: Terms) -> Plan:
-        """The rules of this outage. What others may have used already is taken from the first window at once."""
+        """The rules of this outage. What others may have used already is taken from the first window, once."""
+        now = self._now_ms()
         rules, seen = [], [_still(terms, index) for index in range(len(terms.terms))]
         for term, left in zip(terms.terms, seen, strict=True):
             rules.append(await self._share(term, left))
-        ours = Plan(terms.plan.slot, tuple(rules))
-        plan = self._plans.setdefault(id(terms.plan), ours)
-        if plan is not ours:
-            return plan
+        if begun := self._begun(terms.plan):  # by another request, while the ledger was asked
+            return begun
+        plan = Plan(terms.plan.slot, tuple(rules))
+        until_ms = min((period(rule, now)[1] for rule in rules if isinstance(rule, Quota)), default=float("inf"))
+        self._plans[id(terms.plan)] = plan, until_ms
         for index, (rule, left) in enumerate(zip(plan.rules, seen, strict=True)):
             if isinstance(rule, Window) and not rule.shadow and left is not None and (used := rule.limit - left) > 0:
                 spent = Costs(**{"requests": 0, rule.metric: used})
-                await self._memory.admit(Reservation(Plan(plan.slot, (rule,)), f"{index} of {id(plan)}", spent))
+                await self._memory.admit(Reservation(Plan(plan.slot, (rule,)), f"{index} of {id(terms.plan)}", spent))
         return plan
 
     async def _share(self, term: Term, seen: int | None) -> Window | Lease | Quota:
@@ -77,8 +87,8 @@ class Shares:
     async def _left(self, quota: Quota, seen: int | None) -> int:
         """Of a quota, by what the store said last and by the ledger. Raises LimiterUnavailable if neither is known."""
         try:
-            used, _ = await self._used(quota.scope, quota.metric, period(quota, clock_ms())[0])
-        except Exception:
+            used, _ = await self._used(quota.scope, quota.metric, period(quota, self._now_ms())[0])
+        except LedgerUnavailable:
             if seen is None:
                 raise LimiterUnavailable from None
             return seen

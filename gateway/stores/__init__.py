@@ -125,8 +125,16 @@ class StoreUnavailable(Exception):
     """The store cannot be reached in time, or cannot do what it is asked for."""
 
 
+class LedgerUnavailable(Exception):
+    """The ledger cannot be asked now."""
+
+
 class Used(Protocol):
-    """What the ledger says was used of a quota since its period began, and the highest `seq` in that sum."""
+    """
+    What the ledger says was used of a quota since its period began, and the highest `seq` in that sum.
+
+    Raises LedgerUnavailable.
+    """
 
     async def __call__(self, scope: str, metric: Metric, period_start_ms: int) -> tuple[int, int]: ...
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from gateway.stores import Quota, StoreUnavailable, Used
+from gateway.stores import LedgerUnavailable, Quota, StoreUnavailable, Used
 
 
 class Seeding:
@@ -23,7 +23,7 @@ class Seeding:
             task.add_done_callback(lambda done: self._answered(key, done))
         try:
             return await asyncio.shield(task)
-        except Exception as exc:
+        except LedgerUnavailable as exc:
             raise StoreUnavailable(f"the ledger cannot say what was used of {quota.scope}: {exc}") from exc
 
     def _answered(self, key: tuple[Quota, int], done: "asyncio.Task[tuple[int, int]]") -> None:

@@ -17,9 +17,10 @@ from gateway.database import DatabaseUnavailable
 from gateway.database.opening import open_database
 from gateway.database.record import encode
 from gateway.errors import LedgerFull
-from gateway.ledger import Ledger, LedgerUnavailable, open_ledger
+from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
+from gateway.stores import LedgerUnavailable
 from tests.ledger.calls import BILL, SUMS, THE_BILL, a_call, a_record, for_a_bill
 from tests.ledger.servers import Postgres, PostgresDatabase, a_postgres
 from tests.served import until

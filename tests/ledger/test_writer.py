@@ -10,9 +10,10 @@ import pytest
 
 from gateway.database import DatabaseUnavailable, Inserted, Kind, Metric, Unwritable
 from gateway.database.record import UsageRecord, encode
-from gateway.ledger import Ledger, LedgerUnavailable
+from gateway.ledger import Ledger
 from gateway.ledger.writer import CATCHING_UP, NICENESS, ROWS
 from gateway.schema.common import Usage
+from gateway.stores import LedgerUnavailable
 from tests.ledger.calls import a_call, a_record
 from tests.served import until
 

@@ -13,15 +13,15 @@ import pytest
 
 from gateway.adapter import Adapter
 from gateway.auth import Principal
-from gateway.errors import UpstreamUnreachable
+from gateway.errors import LimiterUnavailable, UpstreamUnreachable
 from gateway.ledger import Ledger
 from gateway.limits.fallback import Shares
-from gateway.limits.terms import terms_of
+from gateway.limits.terms import Terms, terms_of
 from gateway.schema.chat import AnswerMessage, ChatChoice, ChatChunk, ChatCompletion, ChunkChoice, Delta
 from gateway.schema.common import Usage
 from gateway.schema.payload import Part
 from gateway.settings import Settings, parse
-from gateway.stores import Costs, Decision, Reservation, StoreUnavailable
+from gateway.stores import Costs, Decision, LedgerUnavailable, Metric, Reservation, StoreUnavailable, Used
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry import Telemetry
 from tests.house import HELLO, KEY, House, ScriptedAdapter, completion, json_reply, running, upstream
@@ -350,6 +350,91 @@ async def test_what_was_used_up_in_a_window_that_is_over_holds_nobody_up() -> No
         terms.seen_s = time.monotonic() - age_s
         decision = await Shares(1, Ledger().used).admit(terms, Reservation(terms.plan, "req_1", Costs()))
         assert (decision.denied is None) == admitted
+
+
+def sharing(limits: str, clock: Clock, seen: Decision | None, used: Used, age_s: float = 0) -> tuple[Shares, Terms]:
+    """The share of one of two replicas, when the store was last heard *age_s* ago."""
+    terms = terms_of(configured(limits), Principal("alice", "t", team="red"), "smart")
+    terms.seen, terms.seen_s = seen, time.monotonic() - age_s
+    return Shares(2, used, clock), terms
+
+
+async def asked(shares: Shares, terms: Terms, times: int) -> int:
+    """How many are admitted."""
+    names = [f"req_{time.monotonic_ns()}_{number}" for number in range(times)]
+    answers = [await shares.admit(terms, Reservation(terms.plan, name, Costs())) for name in names]
+    return sum(answer.denied is None for answer in answers)
+
+
+async def nothing_used(scope: str, metric: Metric, period_start_ms: int) -> tuple[int, int]:
+    return 0, 0
+
+
+async def ledger_away(scope: str, metric: Metric, period_start_ms: int) -> tuple[int, int]:
+    raise LedgerUnavailable("away")
+
+
+async def test_what_was_used_up_before_an_outage_may_be_used_once_its_window_is_over() -> None:
+    clock = Clock()
+    seen = Decision(remaining=[1], reset_ms=[60_000], at_ms=NOON_MS)
+    shares, terms = sharing("requests_per_minute: 8", clock, seen, nothing_used)
+    assert await asked(shares, terms, 5) == 1
+    clock.ms += 59_000
+    assert await asked(shares, terms, 5) == 0
+    clock.ms += 2_000
+    assert await asked(shares, terms, 5) == 4
+
+
+async def test_a_long_answer_keeps_its_place_in_an_outage() -> None:
+    clock = Clock()
+    shares, terms = sharing("concurrent_requests: 2", clock, None, nothing_used)
+    long = Reservation(terms.plan, "req_long", Costs())
+    assert (await shares.admit(terms, long)).denied is None
+    clock.ms += 3_600_000
+    assert await asked(shares, terms, 1) == 0
+    shares.settle(long, Costs(), exact=True)
+    assert await asked(shares, terms, 2) == 1
+
+
+PER_DAY = "requests_per_day: {limit: 40, window: calendar}"
+
+
+async def test_without_the_ledger_a_quota_goes_by_what_the_store_said_last() -> None:
+    seen = Decision(remaining=[12], reset_ms=[1], at_ms=NOON_MS)
+    shares, terms = sharing(PER_DAY, Clock(), seen, ledger_away)
+    assert await asked(shares, terms, 20) == 5  # half of what is left but for the guard of 2
+
+
+async def test_a_quota_that_nobody_knows_anything_of_is_closed() -> None:
+    shares, terms = sharing(PER_DAY, Clock(), None, ledger_away)
+    with pytest.raises(LimiterUnavailable):
+        await asked(shares, terms, 1)
+
+
+async def test_an_outage_over_midnight_starts_a_quota_anew() -> None:
+    clock = Clock()
+    days: list[int] = []
+
+    async def used(scope: str, metric: Metric, period_start_ms: int) -> tuple[int, int]:
+        days.append(period_start_ms)
+        return (40 if len(days) == 1 else 2), 0
+
+    shares, terms = sharing(f"requests_per_hour: 100, {PER_DAY}", clock, None, used)
+    assert await asked(shares, terms, 3) == 0
+    clock.ms += 12 * 3_600_000 - 1
+    assert await asked(shares, terms, 3) == 0
+    clock.ms += 1
+    assert await asked(shares, terms, 30) == 18
+    assert days == [NOON_MS - 12 * 3_600_000, NOON_MS + 12 * 3_600_000]
+
+
+async def test_what_others_had_used_is_taken_from_the_share_once() -> None:
+    clock = Clock()
+    seen = Decision(remaining=[20, 40], reset_ms=[86_400_000, 1], at_ms=NOON_MS)
+    shares, terms = sharing(f"requests_per_day: 60, {PER_DAY.replace('requests', 'tokens')}", clock, seen, nothing_used)
+    assert await asked(shares, terms, 15) == 15
+    clock.ms += 12 * 3_600_000  # the quota starts anew, the window goes on
+    assert await asked(shares, terms, 15) == 5
 
 
 async def test_a_quota_is_spent_up_to_the_guard() -> None:

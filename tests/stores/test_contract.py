@@ -9,6 +9,7 @@ from gateway.stores import (
     Costs,
     Decision,
     Lease,
+    LedgerUnavailable,
     LimitStore,
     Plan,
     Quota,
@@ -318,7 +319,7 @@ async def test_a_request_over_midnight_counts_where_it_was_admitted(
 
 async def test_a_ledger_that_cannot_say_makes_the_store_unavailable(store: LimitStore, clock: Clock) -> None:
     async def down(*_: object) -> tuple[int, int]:
-        raise OSError("the database is gone")
+        raise LedgerUnavailable("the database is gone")
 
     store._seeding._used = down  # type: ignore[attr-defined]
     with pytest.raises(StoreUnavailable, match="key:a"):

@@ -255,6 +255,20 @@ async def test_what_has_left_is_not_told_of_where_the_clock_steps_back_after(
     assert (await one.store.admit(later)).remaining == [9]
 
 
+async def test_what_has_left_by_a_clock_that_steps_forward_is_not_told_of(
+    start: Start, clock: Clock, flush: Callable[[], None]
+) -> None:
+    one, other = await start(), await start()
+    await one.use_up(RPM)
+    began_s = clock.monotonic_s()
+    clock.forward(70 * SECOND)
+    flush()  # as Redis does itself
+    await other.ask(RPM)
+    at_once = one.asking(RPM)
+    at_once.since_s = began_s + 0.01
+    assert (await one.store.admit(at_once)).remaining == [8]
+
+
 async def test_a_window_of_an_older_version_is_not_taken_for_lost(start: Start, redis: RedisServer) -> None:
     one = await start()
     for _ in range(4):

@@ -431,6 +431,13 @@ class Replicas(Machine):
             self.count_admission(request, request.costs)
             self.within_limits(request)
 
+    @rule(plan=st.integers(0, 2), tokens=TOKENS, first=st.integers(0, 1), times=st.integers(3, 8))
+    def uses_up_what_is_left(self, plan: int, tokens: int, first: int, times: int) -> None:
+        for number in range(times):
+            self.asks(plan, tokens, 0, (first + number) % 2, lost=False)
+            if self.mine():
+                self.ends(len(self.mine()) - 1, tokens, 0, exact=True, row=True)
+
     @precondition(lambda self: self.mine())
     @rule(index=st.integers(0), tokens=st.integers(0, 140), nano_usd=MONEY, exact=st.booleans(), row=st.booleans())
     def ends(self, index: int, tokens: int, nano_usd: int, exact: bool, row: bool) -> None:
