@@ -166,7 +166,7 @@ async def black_hole(redis: RedisServer, proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(("fault", "forgets"), [(flush, True), (kill, True), (freeze, False), (black_hole, False)])
-async def test_a_redis_in_trouble_lets_less_than_twice_through_and_only_where_it_forgets(
+async def test_a_redis_in_trouble_lets_nothing_more_through_and_hardly_more_where_it_forgets(
     tmp_path: Path, fault: Fault, forgets: bool
 ) -> None:
     with redis_server() as redis:
@@ -185,7 +185,7 @@ async def test_a_redis_in_trouble_lets_less_than_twice_through_and_only_where_it
             across, else_most = record.most_requests(race.window_ms), record.most_requests(race.window_ms, moments)
             told(fault.__name__, limit=race.requests, across=across, otherwise=else_most, admitted=len(record.admitted))
             assert race.requests < HUGE
-            assert across <= (2 if forgets else 1) * race.requests
+            assert across <= (1.1 if forgets else 1) * race.requests
             assert else_most <= race.requests
             after = [at for at, _ in record.admitted.values() if at > moments[-1] + 2_500]
             assert len(after) > 50  # and it goes on
