@@ -55,10 +55,14 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "max(floor(ends / size) - BUCKETS - 1, last - BUCKETS), more)",
         "floor(now / size), more)",
     ),
-    "what came back before it was told counts twice": (COMMON, "if got[3] and tonumber(got[4]) <= since", "if false"),
-    "whatever came back was seen": (COMMON, "if got[3] and tonumber(got[4]) <= since", "if got[3]"),
-    "what was told counts twice where it comes back": (COMMON, "told and admitted <= tonumber(told)", "false"),
-    "whatever comes back was told": (COMMON, "told and admitted <= tonumber(told)", "told"),
+    "what came back before it was told counts twice": (
+        COMMON,
+        "if got[3] and tonumber(got[4]) <= since + CALL",
+        "if false",
+    ),
+    "whatever came back was seen": (COMMON, "if got[3] and tonumber(got[4]) <= since + CALL", "if got[3]"),
+    "what was told counts twice where it comes back": (COMMON, "told and admitted <= told + CALL", "false"),
+    "whatever comes back was told": (COMMON, "told and admitted <= told + CALL", "told"),
     "a birth may be in the future": (COMMON, "if born > now then", "if false then"),
     "what was told pays for what was taken beyond": (
         SETTLE,

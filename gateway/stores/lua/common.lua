@@ -11,6 +11,7 @@ local OVERDUE = 45000   -- a reservation that nobody keeps up is looked after by
 local OPEN = 86400000   -- and forgotten after this
 local SETTLED = 300000  -- so long a repeated call finds that it is one
 local LATE = 86400000   -- and so long an amount waits for its row
+local CALL = 250       -- by so much a caller may be wrong of when a request was admitted: as long as its call takes
 local NEVER = -1
 local DAY = 86400000
 
@@ -58,7 +59,7 @@ function window.restore(key, rule, size, last, used, since, ends, now)
   end
   local got = redis.call('HMGET', key, 'lost', 'told', 'again', 'newest')
   local more = used - (tonumber(got[1]) or 0)
-  if got[3] and tonumber(got[4]) <= since then more = more - tonumber(got[3]) end
+  if got[3] and tonumber(got[4]) <= since + CALL then more = more - tonumber(got[3]) end
   if more <= 0 then return end
   redis.call('HINCRBY', key, 'lost', more)
   redis.call('HSET', key, 'told', max(since, tonumber(got[2]) or 0))
@@ -156,7 +157,7 @@ end
 -- Writes. What was admitted before, unless it is in what was told.
 function window.retake(w, bucket, cost, admitted)
   local told, newest = unpack(redis.call('HMGET', w.key, 'told', 'newest'))
-  if cost == 0 or told and admitted <= tonumber(told) and not w.anew then return end
+  if cost == 0 or told and admitted <= told + CALL and not w.anew then return end
   window.add(w, bucket, cost)
   redis.call('HINCRBY', w.key, 'again', cost)
   redis.call('HSET', w.key, 'newest', max(admitted, tonumber(newest) or 0))
