@@ -7,6 +7,7 @@ and its only door to the HTTP client.
 
 import asyncio
 import importlib
+import pkgutil
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -172,7 +173,8 @@ class HTTPAdapter:
 
     def __init__(self, upstream: Upstream, *, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         if not upstream.base_url:
-            raise SettingsError(f"an upstream with the adapter '{upstream.adapter}' needs a base_url")
+            what = f"the adapter '{upstream.adapter}' needs one, such as http://host:port/v1"
+            raise SettingsError(what, ("base_url",))
         self.extra_fields = self.extensions | frozenset(upstream.extra_fields)
         self.timeouts = upstream.timeouts
         self._allowed = {endpoint: (endpoint.known | self.extra_fields) - ASKS_NOTHING for endpoint in ENDPOINTS}
@@ -292,9 +294,19 @@ class HTTPAdapter:
         return value
 
     async def list_models(self, path: str = "models") -> list[ModelFacts]:
-        """What `/models` says, with vLLM's `max_model_len` where it is there. Raises UpstreamError."""
+        """
+        What `/models` says, with vLLM's `max_model_len` where it is there. Raises UpstreamError.
+
+        That is how most probes begin, so it also says what an operator can mend.
+        """
         try:
             listed = msgspec.json.decode(await self.get(path), type=_ModelList)
+        except errors.NotServed as exc:
+            raise errors.UpstreamFailed(f"It has no {path} below its base_url, which mostly ends in /v1.") from exc
+        except errors.CredentialRefused as exc:
+            has_key = any(name == b"authorization" for name, _ in self._headers)
+            says = "It refuses the credential in api_key." if has_key else "It wants a credential: give it an api_key."
+            raise errors.UpstreamFailed(says) from exc
         except msgspec.MsgspecError as exc:
             raise errors.UpstreamFailed("The upstream's list of models could not be understood.") from exc
         return [
@@ -546,6 +558,8 @@ def load_adapter(upstream: Upstream) -> Adapter:
     except ModuleNotFoundError as exc:
         if exc.name is None or not module_name.startswith(exc.name):
             raise  # something the adapter itself needs
-        raise SettingsError(f"there is no adapter '{upstream.adapter}'") from None
+        known = ", ".join(found.name for found in pkgutil.iter_modules(importlib.import_module("adapters").__path__))
+        what = f"there is no adapter '{upstream.adapter}'; known are: {known}; or one of your own, package.module:Class"
+        raise SettingsError(what, ("adapter",)) from None
     adapter: Adapter = getattr(module, attribute)(upstream)
     return adapter

@@ -143,9 +143,10 @@ def load_adapters(settings: Settings) -> dict[str, Adapter]:
         try:
             adapters[name] = load_adapter(upstream)
         except SettingsError as exc:
-            raise SettingsError(f"upstreams.{name}: {exc}") from None
+            raise exc.within("upstreams", name) from None
         except (ImportError, AttributeError) as exc:
-            raise SettingsError(f"upstreams.{name}: the adapter '{upstream.adapter}' cannot be loaded: {exc}") from exc
+            what = f"the adapter '{upstream.adapter}' cannot be loaded: {exc}"
+            raise SettingsError(what, ("upstreams", name, "adapter")) from exc
     return adapters
 
 
@@ -157,7 +158,7 @@ def _store(settings: Settings, ledger: Ledger) -> LimitStore:
     try:
         return RedisStore(settings.store, ledger.used)
     except ValueError as exc:
-        raise SettingsError(f"store.url: {exc}") from None
+        raise SettingsError(str(exc), ("store", "url")) from None
 
 
 def _answers(settings: Settings) -> AnswerStore:
@@ -170,7 +171,7 @@ def _answers(settings: Settings) -> AnswerStore:
     try:
         return RedisAnswers(where, secret.reveal() if secret else None, cache.timeout_s, cache.max_bytes)
     except ValueError as exc:
-        raise SettingsError(f"{name}.url: {exc}") from None
+        raise SettingsError(str(exc), (name, "url")) from None
 
 
 def _keyring(settings: Settings) -> Keyring:

@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +24,18 @@ from gateway.app import create_app, load_adapters
 from gateway.auth import new_key, why_not_anonymous
 from gateway.discovery import Discovery, Findings, describe
 from gateway.errors import CannotLoad, GatewayError
-from gateway.settings import Key, Model, Settings, SettingsError, Target, Upstream, is_base_url, json_schema, load
+from gateway.settings import (
+    Key,
+    Model,
+    Settings,
+    SettingsError,
+    Target,
+    Upstream,
+    is_base_url,
+    json_schema,
+    load,
+    placed,
+)
 from gateway.telemetry import Telemetry
 from gateway.telemetry.log import Log, take_over
 
@@ -79,7 +90,7 @@ def serve(config: Path | None, backend: str | None, model: str | None, host: str
     except SettingsError as exc:
         if listener is not None:
             listener.close()
-        raise click.ClickException(str(exc)) from None
+        raise click.ClickException(str(exc) if config is None else placed(exc, config)) from None
     take_over(log)
     started = server.run(app, listener, settings.server, shutdown)
     log.close()
@@ -100,10 +111,14 @@ def check(file: Path, probe: bool) -> None:
         if not settings.auth.keys and (forbidden := why_not_anonymous(settings)):
             raise SettingsError(f"{file}: it has no keys, but {forbidden}: add one under auth.keys (`suiron key new`)")
     except SettingsError as exc:
-        raise click.ClickException(str(exc)) from None
-    click.echo(f"{file}: fine: {len(settings.models)} models on {len(settings.upstreams)} upstreams")
+        raise click.ClickException(placed(exc, file)) from None
+    click.echo(f"{file}: fine: {_count(settings.models, 'model')} on {_count(settings.upstreams, 'upstream')}")
     if probe and (faults := _probe_all(settings)):
         raise click.ClickException("; ".join(faults))
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _probe_all(settings: Settings) -> list[str]:
@@ -155,11 +170,11 @@ def key() -> None:
 @click.option("--name", default="app", help="What to call it in the configuration.  [default: app]")
 def key_new(name: str) -> None:
     """Print a new key, and the lines to paste into the configuration."""
+    secret, digest = new_key()
     try:
-        secret, digest = new_key()
         msgspec.convert({"name": name, "sha256": digest}, Key)
-    except msgspec.ValidationError as exc:
-        raise click.ClickException(f"--name: {exc}") from None
+    except msgspec.ValidationError:
+        raise click.ClickException("--name: 1 to 64 of A-Z a-z 0-9 . _ @ -") from None
     click.echo(f"# The key, for the app that uses it; it is shown only now:\n#   {secret}\n# For the configuration:")
     click.echo(f"auth:\n  keys:\n    - name: {name}\n      sha256: {digest}")
 

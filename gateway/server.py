@@ -5,7 +5,6 @@ import contextlib
 import errno
 import gc
 import logging
-import os
 import resource
 import signal
 import socket
@@ -30,6 +29,11 @@ except ImportError:  # there is none for Windows
 logger = logging.getLogger("suiron")
 
 SILENT_S = 15  # a peer that was silent for so long is asked whether it is there, and gone after three times no answer
+CANNOT_LISTEN = {
+    errno.EADDRINUSE: "is another one running? Choose another port with --port",
+    errno.EACCES: "ports below 1024 may need root: choose another with --port",
+}
+"""What to do about it."""
 BACKLOG = 2048
 AT_ONCE = 64  # connections accepted in one turn of the event loop
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -46,9 +50,9 @@ def listen(server: Server) -> socket.socket:
         family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
         listener = socket.create_server((server.host, server.port), family=family, backlog=BACKLOG)
     except OSError as exc:
-        hint = "; is another one running? Choose another with --port" if server.port else ""
-        why = os.strerror(exc.errno) if exc.errno else str(exc)
-        raise SettingsError(f"cannot listen on {server.host}:{server.port}: {why}{hint}") from None
+        why = str(exc.strerror or exc).partition(" (")[0]
+        hint = CANNOT_LISTEN.get(exc.errno or 0, "choose an address of this machine with --host")
+        raise SettingsError(f"cannot listen on {server.host}:{server.port}: {why}; {hint}") from None
     _notice_who_vanishes(listener, server)
     return listener
 

@@ -32,6 +32,13 @@ DatabaseURL = Annotated[
         description="sqlite:////path/to/file, or postgresql://user@host/database (a password goes into `password`)",
     ),
 ]
+StoreURL = Annotated[
+    str,
+    Meta(
+        pattern=r"^rediss?(\+sentinel|\+cluster)?://.+$",
+        description="redis://host:6379/0, rediss://…, redis+sentinel://host,host/master or redis+cluster://host,host",
+    ),
+]
 MAX_USD = 9_000_000
 MAX_COUNT = 2**53
 """What Redis' scripts can count to, exactly; money in billionths of a dollar."""
@@ -41,7 +48,20 @@ Steps = tuple[str | int, ...]
 
 
 class SettingsError(Exception):
-    """The configuration cannot be used; the message gives file, line, path and what to write instead."""
+    """
+    The configuration cannot be used; the message gives file, line, path and what to write instead.
+
+    *path* is where, for who knows the place but not the file: see `placed`.
+    """
+
+    def __init__(self, what: str, path: Steps = ()) -> None:
+        super().__init__(f"{_shown(path)}: {what}" if path else what)
+        self.what = what
+        self.path = path
+
+    def within(self, *path: str | int) -> "SettingsError":
+        """The same, of something that stands at *path*."""
+        return SettingsError(self.what, (*path, *self.path))
 
 
 class CORS(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,6 +217,9 @@ class Secret(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise SettingsError(f"the file {self.file} cannot be read: {exc.strerror}") from None
 
 
+Credential = Annotated[Secret, Meta(description="{env: NAME} or {file: PATH}: no credential stands in this file")]
+
+
 class Timeouts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long an upstream may take: to connect, to its first event, between events, and in all."""
 
@@ -211,7 +234,7 @@ class Upstream(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     adapter: AdapterName
     base_url: str = ""
-    api_key: Secret | None = None
+    api_key: Credential | None = None
     timeouts: Timeouts = Timeouts()
     extra_fields: list[str] = []
     max_connections: Annotated[int, Meta(ge=1)] = 1000
@@ -249,7 +272,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `encoding` names a table of tiktoken's to count with. `limits` hold for each key on this model.
     """
 
-    targets: Annotated[list[Target], Meta(min_length=1)]
+    targets: Annotated[list[Annotated[Target, Meta(description="{upstream: NAME}")]], Meta(min_length=1)]
     context_tokens: Annotated[int, Meta(ge=1)] | None = None
     default_output_tokens: Annotated[int, Meta(ge=1)] = 512
     encoding: str | None = None
@@ -265,8 +288,8 @@ class Store(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     null keeps everything in this process. `timeout_s` bounds each call.
     """
 
-    url: str | None = None
-    password: Secret | None = None
+    url: StoreURL | None = None
+    password: Credential | None = None
     timeout_s: Seconds = 0.25
 
 
@@ -278,8 +301,8 @@ class Answers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     waits for the answer that another replica is generating.
     """
 
-    url: str | None = None
-    password: Secret | None = None
+    url: StoreURL | None = None
+    password: Credential | None = None
     max_bytes: Annotated[int, Meta(ge=1024 * 1024)] = 256 * 1024 * 1024
     timeout_s: Seconds = 0.05
     wait_s: SecondsOr0 = 10.0
@@ -294,7 +317,7 @@ class Database(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     url: DatabaseURL | None = None
-    password: Secret | None = None
+    password: Credential | None = None
     journal: str | None = None
     journal_mib: Annotated[int, Meta(ge=1, le=4096)] = 64
 
@@ -304,7 +327,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     telemetry: Telemetry = Telemetry()
     auth: Auth = Auth()
     upstreams: dict[str, Upstream] = {}
-    models: dict[str, Model] = {}
+    models: dict[str, Annotated[Model, Meta(description="{targets: [{upstream: NAME}]}")]] = {}
     limits: Limits = Limits()
     store: Store = Store()
     cache: Answers = Answers()
@@ -330,6 +353,14 @@ def load(path: Path) -> Settings:
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: cannot be read: it is not UTF-8") from None
     return parse(text, str(path))
+
+
+def placed(error: SettingsError, file: Path) -> str:
+    """What an error says of a configuration from *file*, with its line there, if it is about one place."""
+    if not error.path:
+        return str(error)
+    root = _Loader(file.read_text(encoding="utf-8")).get_single_node()
+    return f"{file}:{_line_of(root, error.path)}: {error}"
 
 
 def parse(text: str, file: str) -> Settings:
@@ -360,11 +391,10 @@ Options = TypeVar("Options", bound=Struct)
 
 def read_options(given: dict[str, Any], kind: type[Options]) -> Options:
     """An upstream's `options`, as its adapter knows them. Raises SettingsError."""
-    try:
-        return msgspec.convert(given, kind)
-    except msgspec.ValidationError as exc:
-        known = ", ".join(kind.__struct_fields__)
-        raise SettingsError(f"options: {str(exc).replace('`', '')}; known are: {known}") from None
+    if fault := _fault(given, kind, ("options",)):
+        path, what = fault
+        raise SettingsError(what, path)
+    return msgspec.convert(given, kind)
 
 
 def json_schema() -> dict[str, Any]:
@@ -419,6 +449,8 @@ def _inconsistencies(settings: Settings) -> Iterator[Fault]:
                 ("upstreams", name, "base_url"),
                 "not like http://host:port/v1 (a credential goes into api_key, a query nowhere)",
             )
+        elif too_much := re.search(r"/(chat/completions|completions|embeddings)/?$", upstream.base_url):
+            yield ("upstreams", name, "base_url"), f"ends before {too_much[0]}, as http://host:port/v1 does"
         if upstream.api_key is not None and (upstream.api_key.env is None) == (upstream.api_key.file is None):
             yield ("upstreams", name, "api_key"), "a secret is either {env: NAME} or {file: PATH}"
     for name, model in settings.models.items():
@@ -516,10 +548,34 @@ def _fault(value: Any, kind: Any, path: Steps) -> Fault | None:
     for key in value if isinstance(value, dict) else ():
         if not isinstance(key, str):
             return path, f"the key {key} is not text: put it in quotes"
-    if "matching regex" in what:
-        what = f"Expected {description}"
-    said = what.replace("`", "").replace(" | null", "")
-    return path, f"{said[:1].lower()}{said[1:]}"
+    if description is not None and what.startswith("Expected"):
+        return path, f"expected {description}"
+    if get_origin(bare) is Literal:
+        return path, f"expected one of {', '.join(get_args(bare))}"
+    return path, _in_words(what)
+
+
+def _in_words(what: str) -> str:
+    """Such as "expected a number >= 0", for msgspec's "Expected `float` >= 0.0"."""
+    said = re.sub(r"`(\w+)(?: \| (\w+))*`", lambda kinds: _kinds(kinds[0]), what)
+    said = re.sub(r"\.0\b", "", said).replace(" of length >= 1", " with something in it")
+    return f"{said[:1].lower()}{said[1:]}"
+
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "nothing",
+}
+
+
+def _kinds(quoted: str) -> str:
+    kinds = quoted.strip("`").removesuffix(" | null").split(" | ")
+    return " or ".join(KINDS.get(kind, kind) for kind in kinds)
 
 
 def _members(value: Any, kind: Any) -> list[tuple[str | int, Any, Any]]:
@@ -537,7 +593,7 @@ def _members(value: Any, kind: Any) -> list[tuple[str | int, Any, Any]]:
 def _unwrapped(kind: Any, value: Any) -> tuple[Any, str | None]:
     """What *value* should be, of a type without `Annotated` and alternatives; and what that is in words."""
     description = None
-    while get_origin(kind) not in (None, dict, list):
+    while get_origin(kind) not in (None, dict, list, Literal):
         described = [part.description for part in get_args(kind) if isinstance(part, Meta) and part.description]
         description = next(iter(described), description)
         kinds = [part for part in get_args(kind) if part is not NoneType and not isinstance(part, Meta)]

@@ -193,26 +193,44 @@ KEY = f"auth: {{keys: [{{name: alice, sha256: {'a' * 64}}}]}}\n"
 FAULTS = [
     # the arguments, a configuration for FILE, and what is said
     ("check FILE", ECHO.replace("adapter", "adaptor"), "FILE:1: upstreams.echo.adaptor: unknown key"),
-    ("check FILE", "upstreams: {a: {adapter: nope}}", "upstreams.a: there is no adapter 'nope'"),
-    ("check FILE", "upstreams: {a: {adapter: 'json:nope'}}", "upstreams.a: the adapter 'json:nope' cannot be loaded"),
-    ("check FILE", "upstreams: {a: {adapter: openai}}", "upstreams.a: .*needs a base_url"),
+    (
+        "check FILE",
+        "upstreams: {a: {adapter: nope}}",
+        "FILE:1: upstreams.a.adapter: there is no adapter 'nope'; known are: echo, local, openai, ",
+    ),
+    (
+        "check FILE",
+        "upstreams: {a: {adapter: 'json:nope'}}",
+        "FILE:1: upstreams.a.adapter: the adapter 'json:nope' cannot",
+    ),
+    ("check FILE", "upstreams: {a: {adapter: openai}}", "FILE:1: upstreams.a.base_url: .*needs one, such as http"),
     (
         "check FILE",
         KEYLESS_UPSTREAM.replace("HOME", "SUIRON_TEST_NONE"),
-        "upstreams.a: the environment variable SUIRON_TEST_NONE is not set",
+        "FILE:1: upstreams.a: the environment variable SUIRON_TEST_NONE is not set",
+    ),
+    (
+        "check FILE",
+        "upstreams:\n  a: {adapter: openai, base_url: 'http://a',\n    options: {engine: vllm}}",
+        "FILE:3: upstreams.a.options.engine: expected one of openai, transformers, ",
     ),
     ("check FILE", KEYLESS_UPSTREAM, "it has no keys, but the upstream 'a' holds a credential.*suiron key new"),
     ("check MISSING", "", "MISSING: cannot be read: No such file or directory"),
     ("serve --config MISSING", "", "MISSING: cannot be read: No such file or directory"),
-    ("serve --config FILE", "server: {port: x}", "FILE:1: server.port: expected int"),
+    ("serve --config FILE", "server: {port: x}", "FILE:1: server.port: expected a whole number, got text"),
     ("serve --config FILE --backend http://a", ECHO, "--config stands alone"),
     ("serve --config FILE --port USED", ECHO, "cannot listen on 127.0.0.1:USED: Address already in use.*--port"),
-    ("serve --config FILE --port 0 --host nowhere.invalid", ECHO + KEY, "cannot listen on nowhere.invalid:0: "),
+    ("serve --config FILE --port 0 --host nowhere.invalid", ECHO + KEY, "cannot listen on nowhere.invalid:0: .*--host"),
     ("serve --config FILE --port 0 --host 0.0.0.0", ECHO, "refusing to start without keys.*0.0.0.0.*suiron key new"),
     ("serve --backend http://127.0.0.1:DEAD --port 0", "", "--backend http://127.0.0.1:DEAD: .*could not be reached"),
     ("serve --backend ftp://a", "", "--backend ftp://a: not like http://host:port"),
     ("serve --backend http://a:b", "", "--backend http://a:b: not like http://host:port"),
-    ("key new --name a/b", "", "--name: "),
+    ("key new --name a/b", "", "--name: 1 to 64 of "),
+    (
+        "serve --config FILE --port 0",
+        ECHO + "database: {url: 'sqlite:////proc/suiron/ledger.db'}\n",
+        "the ledger cannot be kept in /proc/suiron/ledger.db: .*database.url: sqlite:////path/to/file",
+    ),
 ]
 
 

@@ -12,12 +12,12 @@ import pytest
 from adapters import vllm
 from adapters.openai import Adapter as OpenAI
 from adapters.vllm.adapter import REPAIRS
-from gateway.adapter import Adapter, Dispatch, Features, ModelFacts, Repair, UpstreamFacts
+from gateway.adapter import Adapter, Dispatch, Features, ModelFacts, Repair, UpstreamFacts, load_adapter
 from gateway.discovery import AGAIN_S, EVERY_S, JITTER, Discovery, changes, describe
 from gateway.errors import UpstreamError, UpstreamUnreachable
 from gateway.schema.endpoint import CHAT
 from gateway.schema.payload import Part, Parts, Payload
-from gateway.settings import Auth, Model, Settings, Target, Upstream
+from gateway.settings import Auth, Model, Secret, Settings, Target, Upstream
 from tests.house import HELLO, KEY, Received, ScriptedAdapter, completion, head, running, upstream
 from tests.test_cli import suiron
 
@@ -321,6 +321,28 @@ models:
         assert done.returncode == 1
         assert "upstream dead: The upstream could not be reached." in done.stderr
         assert "models.bad.targets[0]: gpu does not list 'lama', but llama" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "key", "said"),
+    [
+        (404, None, "It has no models below its base_url, which mostly ends in /v1."),
+        (401, None, "It wants a credential: give it an api_key."),
+        (401, Secret(env="HOME"), "It refuses the credential in api_key."),
+    ],
+)
+@pytest.mark.parametrize("adapter", ["openai", "vllm"])
+async def test_a_probe_says_what_the_operator_has_to_mend(
+    adapter: str, status: int, key: Secret | None, said: str
+) -> None:
+    async def refusing(received: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(head(status, {"content-length": "0"}))
+
+    async with upstream(refusing) as up:
+        asked = load_adapter(up.settings(adapter, api_key=key))
+        with pytest.raises(UpstreamError, match=f"^{said}$"):
+            await asked.probe()
+        await asked.aclose()
 
 
 async def test_the_context_that_an_upstream_tells_holds_where_the_configuration_says_none() -> None:

@@ -76,29 +76,29 @@ WRONG = [
         "2: server.zzz: unknown key 'zzz'; known are: body_timeout_s, cors, drain_delay_s, grace_s, header_timeout_s, "
         "hold_s, host, keep_alive_s, max_body_bytes, max_connections, port, trusted_proxies, write_stall_s",
     ),
-    ("9000", "http", "2: server.port: expected int, got str"),
-    ("9000", "90000", "2: server.port: expected int <= 65535"),
-    ("port: 9000", "hold_s: 0", "2: server.hold_s: expected float > 0.0"),
-    ("port: 9000", "hold_s: .inf", "2: server.hold_s: expected float <= 86400.0"),
+    ("9000", "http", "2: server.port: expected a whole number, got text"),
+    ("9000", "90000", "2: server.port: expected a whole number <= 65535"),
+    ("port: 9000", "hold_s: 0", "2: server.hold_s: expected a number > 0"),
+    ("port: 9000", "hold_s: .inf", "2: server.hold_s: expected a number <= 86400"),
     ("port: 9000", "hold_s: .nan", "2: .nan is no number"),
     (
         "server:",
         "database: {url: 'postgresql://me:secret@host/db'}\nserver:",
         "1: database.url: expected sqlite:////path/to/file, or postgresql://user@host/database (a password goes into "
-        "password)",
+        "`password`)",
     ),
     ("server:", "database: {url: ledger.db}\nserver:", "1: database.url: expected sqlite:////path/to/file, or "),
-    ("port: 9000", "hold_s: 1e1", "2: server.hold_s: expected float, got str"),
-    ("\n  port: 9000", "", "1: server: expected object, got null"),
-    ("\n  port: 9000", " [1]", "1: server: expected object, got array"),
+    ("port: 9000", "hold_s: 1e1", "2: server.hold_s: expected a number, got text"),
+    ("\n  port: 9000", "", "1: server: expected a mapping, got nothing"),
+    ("\n  port: 9000", " [1]", "1: server: expected a mapping, got a list"),
     ("    - name: alice\n      sha256", "    - sha256", "5: auth.keys[0]: 'name' is missing"),
     ("name: alice", "name: al ice", "5: auth.keys[0].name: expected 1 to 64 of A-Z a-z 0-9 . _ @ -"),
     (
         f"sha256: {SHA}",
         "sha256: sk-suiron-canary",
-        "6: auth.keys[0].sha256: expected 64 digits of 0-9 a-f, as suiron key new prints",
+        "6: auth.keys[0].sha256: expected 64 digits of 0-9 a-f, as `suiron key new` prints",
     ),
-    ("[org/name.with.dots]", "[7]", "7: auth.keys[0].models[0]: expected str, got int"),
+    ("[org/name.with.dots]", "[7]", "7: auth.keys[0].models[0]: expected text, got a whole number"),
     (
         "models: [org/name.with.dots]",
         "models:\n        - org/name.with.dots\n        - org/name.with.dot",
@@ -120,8 +120,8 @@ WRONG = [
         "adapter: adapters/echo.py",
         "16: upstreams.echo.adapter: expected a name such as openai, or package.module:Class",
     ),
-    ("[top_k]", "[top_k, 7]", "14: upstreams.gpu.extra_fields[1]: expected str, got int"),
-    ("connect_s: 1", "connect_s: soon", "13: upstreams.gpu.timeouts.connect_s: expected float, got str"),
+    ("[top_k]", "[top_k, 7]", "14: upstreams.gpu.extra_fields[1]: expected text, got a whole number"),
+    ("connect_s: 1", "connect_s: soon", "13: upstreams.gpu.timeouts.connect_s: expected a number, got text"),
     (
         "connect_s: 1",
         "conect_s: 1",
@@ -129,7 +129,7 @@ WRONG = [
     ),
     ("env: GPU_KEY", "", "12: upstreams.gpu.api_key: a secret is either {env: NAME} or {file: PATH}"),
     ("env: GPU_KEY", "env: A, file: b", "12: upstreams.gpu.api_key: a secret is either {env: NAME} or {file: PATH}"),
-    ("{env: GPU_KEY}", "sk-canary", "12: upstreams.gpu.api_key: expected object, got str"),
+    ("{env: GPU_KEY}", "sk-canary", "12: upstreams.gpu.api_key: expected {env: NAME} or {file: PATH}"),
     *(
         ("http://gpu:8000/v1", url, "11: upstreams.gpu.base_url: not like http://host:port/v1 (")
         for url in (
@@ -150,6 +150,13 @@ WRONG = [
         )
     ),
     (
+        "http://gpu:8000/v1",
+        "http://gpu:8000/v1/chat/completions/",
+        "11: upstreams.gpu.base_url: ends before /chat/completions/, as http://host:port/v1 does",
+    ),
+    ("  port: 9000", "  port: 9000\ntelemetry: {log: JSON}", "3: telemetry.log: expected one of text, json, off"),
+    ("  port: 9000", "  port: 9000\nstore: {url: 'http://a'}", "3: store.url: expected redis://host:6379/0, "),
+    (
         "upstream: gpu",
         "upstream: gpus",
         "20: models.\"org/name.with.dots\".targets[0].upstream: there is no upstream 'gpus'; did you mean 'gpu'?",
@@ -159,12 +166,12 @@ WRONG = [
         "        modle: x",
         "22: models.\"org/name.with.dots\".targets[1].modle: unknown key 'modle'; did you mean 'model'?",
     ),
-    ("model: x", "model: 7", '22: models."org/name.with.dots".targets[1].model: expected str, got int'),
-    ("- upstream: gpu", "- gpu", '20: models."org/name.with.dots".targets[0]: expected object, got str'),
+    ("model: x", "model: 7", '22: models."org/name.with.dots".targets[1].model: expected text, got a whole number'),
+    ("- upstream: gpu", "- gpu", '20: models."org/name.with.dots".targets[0]: expected {upstream: NAME}'),
     (
         "targets:\n      - upstream: gpu\n      - upstream: echo\n        model: x",
         "targets: []",
-        '19: models."org/name.with.dots".targets: expected array of length >= 1',
+        '19: models."org/name.with.dots".targets: expected a list with something in it',
     ),
     ("    targets:", "    target:", '19: models."org/name.with.dots".target: unknown key'),
     ("  org/name.with.dots:\n", "  7:\n", "17: models: the key 7 is not text: put it in quotes"),
@@ -190,8 +197,8 @@ def test_a_fault_is_told_with_its_line_its_path_and_what_to_write(there: str, in
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[1, 2]", "g.yaml:1: the document: expected object, got array"),
-        ("just text", "g.yaml:1: the document: expected object, got str"),
+        ("[1, 2]", "g.yaml:1: the document: expected a mapping, got a list"),
+        ("just text", "g.yaml:1: the document: expected a mapping, got text"),
         ("a: 1\n---\nb: 2\n", "g.yaml:2: but found another document"),
         ("a: \0", "g.yaml: unacceptable character #x0000: special characters are not allowed"),
         ("a: 2026-99-99", "g.yaml: month must be in 1..12"),

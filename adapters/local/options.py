@@ -1,14 +1,13 @@
 """What can be configured about a model in this machine?"""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from gateway.settings import SettingsError
+from gateway import settings
 
 
 class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,7 +23,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Annotated[int, Meta(ge=1)] | None = None
     max_waiting: Annotated[int, Meta(ge=1)] = 128
-    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1")] = "auto"
 
     @property
     def name(self) -> str:
@@ -42,12 +41,5 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def read_options(given: dict[str, Any]) -> Options:
     """Raises SettingsError."""
-    try:
-        options = msgspec.convert(given, Options)
-    except msgspec.ValidationError as exc:
-        what = str(exc)
-        if unknown := re.search(r"unknown field `(.*?)`", what):
-            known = ", ".join(Options.__struct_fields__)
-            raise SettingsError(f"options: unknown key '{unknown[1]}'; known are: {known}") from None
-        raise SettingsError(f"options: {what.replace('`', '')}") from None
+    options = settings.read_options(given, Options)
     return options if options.threads else msgspec.structs.replace(options, threads=max(1, (os.cpu_count() or 2) - 1))

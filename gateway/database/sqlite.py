@@ -84,7 +84,10 @@ def _locked(path: Path) -> int:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # what SQLite makes, others can read
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        raise SettingsError(f"the ledger cannot be kept in {path}: {exc.strerror}") from None
+        raise SettingsError(
+            f"the ledger cannot be kept in {path}: {exc.strerror}; make its directory writable, or name another file "
+            "in the configuration, under database.url: sqlite:////path/to/file"
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

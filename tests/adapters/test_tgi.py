@@ -330,7 +330,7 @@ async def test_a_probe_is_content_with_the_list_of_models() -> None:
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(SettingsError, match="known are: loras"):
+    with pytest.raises(SettingsError, match="unknown key 'lora'; did you mean 'loras'"):
         Adapter(Upstream(adapter="tgi", base_url="http://a", options={"lora": []}))
 
 

@@ -194,7 +194,7 @@ def test_what_vllm_cannot_honour_is_refused_by_name(endpoint: Endpoint, changes:
 def test_options_let_in_what_only_the_operator_can_know() -> None:
     sent(CHAT, vllm(audio=True, fetch_images=True), **said_in(AUDIO, URL))
     sent(CHAT, **said_in({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}))
-    with pytest.raises(SettingsError, match=r"cache_slat.*known are: cache_salt"):
+    with pytest.raises(SettingsError, match=r"cache_slat.*did you mean 'cache_salt'"):
         vllm(cache_slat=True)
 
 

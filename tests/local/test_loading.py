@@ -98,10 +98,10 @@ def test_a_name_that_is_neither() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"modle": "demo"}, "unknown key 'modle'; known are: model, revision"),
-        ({"dtype": "float8"}, "dtype"),
+        ({"modle": "demo"}, "options.modle: unknown key 'modle'; did you mean 'model'"),
+        ({"dtype": "float8"}, "options.dtype: expected one of auto, float32, bfloat16"),
         ({"threads": 0}, "threads"),
-        ({"device": "tpu"}, "device"),
+        ({"device": "tpu"}, "options.device: expected auto, cpu, cuda or cuda:1"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], said: str) -> None:
