@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from gateway import settings
-from gateway.settings import Prices
+from gateway.settings import Limits, Prices
 from tests.house import HELLO, ROLE, House, chunk, completion, json_reply, running, settings_for, stream_reply, upstream
 from tests.house import hello_stream as a_stream
 from tests.ledger.calls import ask, rows_at
@@ -21,13 +21,16 @@ from tests.served import until
 pytestmark = pytest.mark.anyio
 
 PRICES = Prices(input=1, output=2)
+NO_LIMITS = Limits()
 
 
 @asynccontextmanager
-async def gateway(folder: Path, *upstreams: settings.Upstream, prices: Prices | None = PRICES) -> AsyncIterator[House]:
+async def gateway(
+    folder: Path, *upstreams: settings.Upstream, prices: Prices | None = PRICES, limits: Limits = NO_LIMITS
+) -> AsyncIterator[House]:
     made = settings_for(*upstreams, database=settings.Database(url=f"sqlite:///{folder}/ledger.db", journal_mib=1))
     models = {name: msgspec.structs.replace(model, prices=prices) for name, model in made.models.items()}
-    async with running(msgspec.structs.replace(made, models=models)) as house:
+    async with running(msgspec.structs.replace(made, models=models, limits=limits)) as house:
         yield house
 
 
@@ -143,6 +146,18 @@ async def test_an_answer_that_cannot_be_given_costs_nothing_and_is_a_waste(strea
     )
     (attempt,) = json.loads(row["attempts"])
     assert (attempt["error"], attempt["wasted_tokens"], attempt["wasted_nano"]) == ("upstream_error", 5, 7000)
+
+
+async def test_a_new_limit_begins_with_what_was_used_before_it(tmp_path: Path) -> None:
+    async with upstream(json_reply(completion())) as server:
+        async with gateway(tmp_path, server.settings()) as house:
+            for _ in range(3):
+                await house.post()
+        async with gateway(tmp_path, server.settings(), limits=Limits(tokens_per_month=1000)) as house:
+            reply = await house.post({**HELLO, "max_tokens": 2})
+
+    estimated = 1000 - int(reply.headers["x-ratelimit-remaining-tokens"]) - 3 * 5 - 2
+    assert 0 < estimated < 10
 
 
 async def test_what_is_refused_before_it_is_dispatched_is_no_row(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
 from gateway.stores import LedgerUnavailable
-from tests.ledger.calls import BILL, SUMS, THE_BILL, a_call, a_record, for_a_bill
+from tests.ledger.calls import BILL, FORGETTING, SUMS, THE_BILL, a_call, a_record, for_a_bill
 from tests.ledger.servers import Postgres, PostgresDatabase, a_postgres
 from tests.served import until
 
@@ -366,12 +366,15 @@ def test_postgresql_needs_a_place_for_the_journal(database: PostgresDatabase) ->
         open_ledger(settings.Database(url=database.settings().url, password=database.settings().password))
 
 
-def test_the_bill_is_the_query_that_the_readme_says(database: PostgresDatabase) -> None:
+def test_the_bill_is_the_query_that_the_readme_says_also_when_old_rows_are_gone(database: PostgresDatabase) -> None:
     opened = open_database(database.settings())
     opened.prepare()
     opened.commit(for_a_bill())
     opened.close()
 
+    with database.server.connect(database.name) as connection:
+        connection.execute(FORGETTING.encode())
+    assert database.ask("SELECT count(*) FROM usage") == [(4,)]
     rows = [tuple(map(float, row[2:])) for row in database.ask(THE_BILL)]
     assert [row[:2] for row in database.ask(THE_BILL)] == [row[:2] for row in BILL]
     assert rows == [row[2:] for row in BILL]

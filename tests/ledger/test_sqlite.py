@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from gateway import settings
+from gateway.database.record import encode
 from gateway.database.sqlite import SQLite
 from gateway.journal import HEAD_BYTES, INTENT_AT, SLOT_BYTES
 from gateway.ledger import Ledger, open_ledger
 from gateway.schema.common import Usage
 from gateway.settings import SettingsError
-from tests.ledger.calls import BILL, DIFFERENCE, THE_BILL, a_call, ask, for_a_bill, rows_at, sqlite_at
+from tests.ledger.calls import BILL, DIFFERENCE, FORGETTING, THE_BILL, a_call, ask, for_a_bill, rows_at, sqlite_at
 from tests.served import until
 
 pytestmark = pytest.mark.anyio
@@ -273,6 +274,23 @@ def test_the_bill_is_the_query_that_the_readme_says(tmp_path: Path) -> None:
     database.close()
 
     assert [tuple(row) for row in ask(tmp_path, THE_BILL)] == BILL
+
+
+async def test_old_rows_can_be_deleted_while_it_runs_and_bill_and_quotas_stay(tmp_path: Path) -> None:
+    async with ledger_at(tmp_path) as ledger:
+        await ledger.ingest([encode(record) for record in for_a_bill()])
+        before = await ledger.used("team:red", "nano_usd", 0)
+        other_program(tmp_path / "ledger.db", FORGETTING)
+        left = {row["request_id"] for row in rows_at(tmp_path)}
+        assert (await ledger.used("team:red", "nano_usd", 0))[0] == before[0]
+        assert [tuple(row) for row in ask(tmp_path, THE_BILL)] == BILL
+
+        other_program(tmp_path / "ledger.db", "DELETE FROM usage")
+        posted = [request(ledger) for _ in range(3)]
+        await until(lambda: ledger.backlog == 0)
+        assert await ledger.used("team:red", "nano_usd", 0) == (before[0] + 3 * 50_000, before[1] + 3)
+    assert left == {"req_1", "req_2", "req_3", "req_4"}
+    assert [row["request_id"] for row in rows_at(tmp_path)] == posted
 
 
 async def test_a_copy_can_be_made_while_it_runs(tmp_path: Path) -> None:
