@@ -8,11 +8,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
 
 from gateway.database import migrations
 from gateway.database.migrations import NEWEST, migrate
+from gateway.database.sql import Statements
 from gateway.database.tables import VERSION_TABLE, metadata
+from tests.ledger.calls import a_record
 from tests.ledger.servers import PostgresDatabase, a_postgres
 
 
@@ -40,33 +42,45 @@ def test_the_newest_is_the_one_that_the_code_knows() -> None:
     assert VERSIONS[0] == NEWEST
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_file_of_any_version_gets_the_tables_of_today_and_keeps_its_rows(version: str, tmp_path: Path) -> None:
-    engine = create_engine(f"sqlite:///{tmp_path}/ledger.db")
-    with engine.begin() as connection:
-        old = config()
-        old.attributes["connection"] = connection
-        command.upgrade(old, version)
-        connection.execute(text(f"INSERT INTO usage_hour VALUES ({SUMS_OF[version]})"))
+def made_by(version: str, connection: Connection) -> None:
+    """The tables as that version left them, with something in them."""
+    old = config()
+    old.attributes["connection"] = connection
+    command.upgrade(old, version)
+    connection.execute(text(f"INSERT INTO usage_hour VALUES ({SUMS_OF[version]})"))
+
+
+def brought_up_to_date(engine: Engine) -> None:
     with engine.begin() as connection:
         migrate(connection, "it")
     with engine.begin() as connection:
         assert differences(connection) == []
         assert connection.scalar(text("SELECT sum(requests) FROM usage_hour")) == 1
+        Statements(engine.dialect).commit(connection, [a_record("req_new")])
+        assert connection.scalar(text("SELECT sum(requests) FROM usage_hour")) == 2
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_file_of_any_version_gets_the_tables_of_today_and_keeps_its_rows(version: str, tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/ledger.db")
+    with engine.begin() as connection:
+        made_by(version, connection)
+    brought_up_to_date(engine)
     engine.dispose()
 
 
 @pytest.mark.slow
-def test_postgresql_gets_the_tables_of_today(tmp_path: Path) -> None:
+def test_so_does_postgresql(tmp_path: Path) -> None:
     with a_postgres() as server:
-        database = PostgresDatabase(server, "migrated", tmp_path)
-        where = database.settings()
-        assert where.url is not None
-        assert where.password is not None
-        address = where.url.replace("postgresql://suiron@", f"postgresql+psycopg://suiron:{where.password.reveal()}@")
-        engine = create_engine(address)
-        with engine.begin() as connection:
-            migrate(connection, "it")
-        with engine.begin() as connection:
-            assert differences(connection) == []
-        engine.dispose()
+        for version in VERSIONS:
+            where = PostgresDatabase(server, f"of_{version}", tmp_path).settings()
+            assert where.url is not None
+            assert where.password is not None
+            secret = where.password.reveal()
+            engine = create_engine(
+                where.url.replace("postgresql://suiron@", f"postgresql+psycopg://suiron:{secret}@"), paramstyle="format"
+            )
+            with engine.begin() as connection:
+                made_by(version, connection)
+            brought_up_to_date(engine)
+            engine.dispose()
