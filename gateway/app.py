@@ -89,6 +89,7 @@ def create_app(
 
     async def ask() -> None:
         findings = await discovery.first()
+        await tokens.loaded()  # making an encoding keeps the interpreter for half a second
         readiness.loading = False
         readiness.broken = any(isinstance(finding, CannotLoad) for finding in findings.values())
         on_ready(findings)

@@ -34,7 +34,9 @@ from gateway.settings import Settings, Upstream, parse
 from gateway.telemetry import Telemetry
 from gateway.tokens import Tokens
 from gateway.tokens.encodings import MAX_COUNTED_BYTES
+from tests.cache.conftest import probed
 from tests.house import KEY, Received, UpstreamServer, completion, json_reply, running, settings_for, upstream
+from tests.served import until
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +47,8 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=200)
 
 TABLE_URL = "https://tables.invalid/{}.tiktoken"
 PLUGIN = """
+import os
+from pathlib import Path
 from tiktoken.load import load_tiktoken_bpe
 
 def table(name):
@@ -55,7 +59,11 @@ def table(name):
         "special_tokens": {"<|end|>": 300},
     }
 
-ENCODING_CONSTRUCTORS = {name: table(name) for name in ("tiny", "absent", "garbled")}
+def gated():
+    Path(os.environ["TIKTOKEN_CACHE_DIR"], "gate").read_bytes()
+    return {**table("tiny")(), "name": "gated"}
+
+ENCODING_CONSTRUCTORS = {name: table(name) for name in ("tiny", "absent", "garbled")} | {"gated": gated}
 """
 MERGES = [b"th", b"the", b"he", b"in", b"\xe3\x81", "の".encode()]
 
@@ -651,6 +659,24 @@ async def test_only_a_strict_limit_costs_a_request_an_exchange_more(limit: str, 
         posts = [request for request in server.requests if request.method == "POST"]
         assert [request.path for request in posts if request.json.get("max_tokens") != 0] == asked  # 0: a probe's
         assert response.headers["x-ratelimit-remaining-tokens"] == str(left)
+
+
+async def test_it_is_ready_when_its_encodings_are_loaded_and_not_before(tables: Path) -> None:
+    """Making one keeps the interpreter for half a second."""
+    os.mkfifo(tables / "gate")
+    async with (
+        upstream(as_vllm) as server,
+        running(under_limits(server, "1000", encoding="gated")) as house,
+    ):
+        assert (await house.post()).status_code == 200
+        await until(
+            lambda: any(request.method == "POST" and request.json.get("max_tokens") == 0 for request in server.requests)
+        )
+        assert (await house.post()).status_code == 200
+        not_yet = await house.http.get(f"{house.url}/health/ready")
+        (tables / "gate").write_bytes(b"open")
+        await probed(house)
+    assert not_yet.json() == {"status": "loading"}
 
 
 async def test_how_far_off_estimates_are_is_in_the_metrics() -> None:

@@ -8,7 +8,7 @@ from gateway.api.shutdown import Shutdown
 
 class Readiness:
     """
-    Red until every upstream has been asked once, and from the first sign of the end.
+    Red until every upstream has been asked once and all is loaded, and from the first sign of the end.
 
     A local model that cannot be loaded keeps it red.
     """
