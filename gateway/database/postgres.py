@@ -71,9 +71,13 @@ class PostgreSQL:
                 self.prepare()
             except SettingsError as exc:
                 raise DatabaseUnavailable(str(exc)) from None
-        with translating(), self._engine.begin() as connection:
-            _lock(connection, WRITING)  # so that whoever sees a row sees all that have a lower `seq`
-            return self._statements.commit(connection, records)
+        try:
+            with translating(), self._engine.begin() as connection:
+                _lock(connection, WRITING)  # so that whoever sees a row sees all that have a lower `seq`
+                return self._statements.commit(connection, records)
+        except DatabaseUnavailable:
+            self._engine.dispose()  # the server may be a standby by now, and a new connection lead to another
+            raise
 
     def used(self, kind: Kind, name: str, model: str | None, metric: Metric, since_ms: int) -> tuple[int, int]:
         with translating(), self._engine.connect() as connection:

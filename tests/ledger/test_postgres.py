@@ -204,6 +204,21 @@ async def test_a_server_that_is_not_there_at_the_start_is_waited_for(database: P
     whole(database, traffic.posted)
 
 
+async def test_a_server_that_may_only_be_read_for_a_while_is_connected_to_anew(database: PostgresDatabase) -> None:
+    """As after a failover: the connections that are there stay with what is a standby now."""
+    open_ledger(database.settings()).close()
+    with database.server.connect(database.name) as other:
+        other.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
+    async with a_ledger(database.settings()) as ledger:
+        with ledger.entry(a_call(USAGE)) as entry:
+            pass
+        await until(lambda: ledger.counts.errors > 0)
+        with database.server.connect(database.name, options="-c default_transaction_read_only=off") as other:
+            other.execute(f"ALTER DATABASE {database.name} RESET default_transaction_read_only")
+        await until(lambda: ledger.backlog == 0)
+    whole(database, {entry.request_id})
+
+
 async def test_when_the_journal_is_full_requests_are_refused_until_the_server_is_back(
     database: PostgresDatabase,
 ) -> None:
