@@ -52,6 +52,14 @@ async def test_an_answer_is_billed_what_the_upstream_counted(tmp_path: Path) -> 
     assert row["total_ms"] >= (row["ttft_ms"] or 0) >= 0
 
 
+async def test_the_row_of_an_answer_is_found_by_its_id_whatever_its_client_calls_it(tmp_path: Path) -> None:
+    async with upstream(json_reply(completion())) as server, gateway(tmp_path, server.settings()) as house:
+        reply = await house.post(**{"x-request-id": "mine"})
+
+    assert reply.headers["x-request-id"] == "mine"
+    assert (await the_row(tmp_path))["request_id"] == reply.json()["id"].replace("chatcmpl-", "req_")
+
+
 async def test_a_stream_is_billed_what_its_end_says(tmp_path: Path) -> None:
     async with upstream(stream_reply(*a_stream())) as server, gateway(tmp_path, server.settings()) as house:
         await house.post({**HELLO, "stream": True})
