@@ -30,7 +30,9 @@ from gateway.schema.mould import Mould
 from gateway.schema.payload import NULL, Part, Parts, Payload, speaks
 from gateway.settings import SettingsError, Timeouts, Upstream
 from gateway.sse import Event, EventReader
-from gateway.transport import Preamble, RawHeaders, Request, Response, Transport
+from gateway.transport import Transport
+from gateway.transport.asking import Preamble, RawHeaders, Request
+from gateway.transport.exchange import Response
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_EVENT_BYTES = 1024 * 1024

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import httpx2
 import pytest
 
-from gateway.transport import Preamble, Request, Transport
+from gateway.transport import Transport
+from gateway.transport.asking import Preamble, Request
 from tests.rawserver import PATIENCE_S, Peer, RawRequest, RawServer, Script, serving
 
 pytestmark = pytest.mark.anyio
