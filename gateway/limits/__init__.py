@@ -125,7 +125,8 @@ class Limiter:
 
     async def _decide(self, call: Call, terms: Terms, reservation: Reservation) -> Decision:
         """By the store, or by this replica's share while it is out of reach."""
-        if self._store.available:
+        asked = self._store.available
+        if asked:
             try:
                 decision = terms.seen = await self._store.admit(reservation)
             except StoreUnavailable:
@@ -137,12 +138,17 @@ class Limiter:
         call.degraded = True
         call.headers["x-suiron-enforcement"] = "degraded"
         self._shares = self._shares or Shares(self._store.replicas, self._used)
+        admitted = False
         try:
-            return await self._shares.admit(terms, reservation)
+            decision = await self._shares.admit(terms, reservation)
+            admitted = decision.denied is None
+            return decision
         except LimiterUnavailable:
-            self._store.settle(reservation, NOTHING, exact=True)  # it may have admitted, and its answer was lost
             self._forget(call)
             raise
+        finally:
+            if asked and not admitted:  # the store may have admitted it, and its answer was lost
+                self._store.settle(reservation, NOTHING, exact=True)
 
 
 def _tell(call: Call, terms: Terms, decision: Decision) -> None:

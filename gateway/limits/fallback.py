@@ -7,7 +7,19 @@ import msgspec
 
 from gateway.errors import LimiterUnavailable
 from gateway.limits.terms import Term, Terms
-from gateway.stores import Costs, Decision, Lease, LedgerUnavailable, Metric, Plan, Quota, Reservation, Used, Window
+from gateway.stores import (
+    Costs,
+    Decision,
+    Lease,
+    LedgerUnavailable,
+    Metric,
+    Plan,
+    Quota,
+    Reservation,
+    Rule,
+    Used,
+    Window,
+)
 from gateway.stores.memory import MemoryStore, clock_ms, period
 
 GUARD_SHARE = 0.05
@@ -53,21 +65,31 @@ class Shares:
         return ours if self._now_ms() < until_ms else None
 
     async def _begin(self, terms: Terms) -> Plan:
-        """The rules of this outage. What others may have used already is taken from the first window, once."""
+        """The rules of this outage. What others may have used already is counted once."""
         now = self._now_ms()
-        rules, seen = [], [_still(terms, index) for index in range(len(terms.terms))]
+        rules: list[Rule] = []
+        seen = [_still(terms, index) for index in range(len(terms.terms))]
         for term, left in zip(terms.terms, seen, strict=True):
             rules.append(await self._share(term, left))
         if begun := self._begun(terms.plan):  # by another request, while the ledger was asked
             return begun
+        if id(terms.plan) not in self._plans:
+            self._count(terms, rules, seen)
         plan = Plan(terms.plan.slot, tuple(rules))
         until_ms = min((period(rule, now)[1] for rule in rules if isinstance(rule, Quota)), default=float("inf"))
         self._plans[id(terms.plan)] = plan, until_ms
-        for index, (rule, left) in enumerate(zip(plan.rules, seen, strict=True)):
-            if isinstance(rule, Window) and not rule.shadow and left is not None and (used := rule.limit - left) > 0:
-                spent = Costs(**{"requests": 0, rule.metric: used})
-                await self._memory.admit(Reservation(Plan(plan.slot, (rule,)), f"{index} of {id(terms.plan)}", spent))
         return plan
+
+    def _count(self, terms: Terms, rules: list[Rule], seen: list[int | None]) -> None:
+        """What others have used of a share already, until it leaves the window."""
+        for index, (rule, left) in enumerate(zip(rules, seen, strict=True)):
+            if isinstance(rule, Window) and not rule.shadow and left is not None and (used := rule.limit - left) > 0:
+                assert terms.seen is not None
+                spent = Costs(**{"requests": 0, rule.metric: used})
+                since_s = min(terms.seen_s, terms.seen_s + (terms.seen.reset_ms[index] - rule.window_ms) / 1000)
+                name = f"{index} of {id(terms.plan)}"
+                used_before = Reservation(Plan(terms.plan.slot, (rule,)), name, spent, since_s=since_s)
+                self._memory.settle(used_before, spent, exact=True)
 
     async def _share(self, term: Term, seen: int | None) -> Window | Lease | Quota:
         rule = term.rule
@@ -96,7 +118,7 @@ class Shares:
 
 
 def _still(terms: Terms, index: int) -> int | None:
-    """What was left of a rule when the store was last heard; None if that was before its window or period began."""
+    """What was left of a rule when the store was last heard; None if nobody knows, or all of it is over since."""
     rule, seen = terms.terms[index].rule, terms.seen
     if seen is None:
         return None
@@ -104,7 +126,7 @@ def _still(terms: Terms, index: int) -> int | None:
     if isinstance(rule, Quota):
         is_over = period(rule, seen.at_ms + age_ms)[0] > seen.at_ms
     else:
-        is_over = isinstance(rule, Window) and age_ms > rule.window_ms
+        is_over = isinstance(rule, Window) and age_ms >= seen.reset_ms[index]
     return None if is_over else seen.remaining[index]
 
 

@@ -47,7 +47,7 @@ def warnings(terms: Terms, decision: Decision) -> list[tuple[Term, int, str]]:
 
 
 def _used_up(term: Term, left: int) -> str:
-    used = 100 - 100 * left // term.rule.limit if term.rule.limit else 100
+    used = 100 * (term.rule.limit - left) // term.rule.limit if term.rule.limit else 100
     return f"{term.name} of {term.whose}: {used} % used"
 
 

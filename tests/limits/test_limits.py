@@ -21,7 +21,7 @@ from gateway.schema.chat import AnswerMessage, ChatChoice, ChatChunk, ChatComple
 from gateway.schema.common import Usage
 from gateway.schema.payload import Part
 from gateway.settings import Settings, parse
-from gateway.stores import Costs, Decision, LedgerUnavailable, Metric, Reservation, StoreUnavailable, Used
+from gateway.stores import Costs, Decision, LedgerUnavailable, Metric, Plan, Reservation, StoreUnavailable, Used, Window
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry import Telemetry
 from tests.house import HELLO, KEY, House, ScriptedAdapter, completion, json_reply, running, upstream
@@ -45,7 +45,7 @@ class Stage:
     house: House
     clock: Clock
     adapter: ScriptedAdapter
-    store: MemoryStore
+    store: Any
 
     async def ask(self, **changes: Any) -> httpx2.Response:
         return await self.house.post({**HELLO, **changes})
@@ -304,14 +304,23 @@ async def test_the_cap_reaches_the_upstream() -> None:
 
 
 class Away(MemoryStore):
-    """A store that can be out of reach."""
+    """A store that can be out of reach, or do what it is asked and not say so."""
 
     available = True
+    mute = False
+    settled = 0
 
     async def admit(self, reservation: Any) -> Any:
         if not self.available:
             raise StoreUnavailable("away")
-        return await super().admit(reservation)
+        decision = await super().admit(reservation)
+        if self.mute:
+            raise StoreUnavailable("mute")
+        return decision
+
+    def settle(self, reservation: Reservation, actual: Costs, *, exact: bool, event: bytes = b"") -> None:
+        self.settled += 1
+        super().settle(reservation, actual, exact=exact, event=event)
 
 
 @asynccontextmanager
@@ -385,6 +394,17 @@ async def test_what_was_used_up_before_an_outage_may_be_used_once_its_window_is_
     assert await asked(shares, terms, 5) == 4
 
 
+async def test_what_was_used_before_an_outage_leaves_when_it_would_have_left() -> None:
+    clock = Clock()
+    seen = Decision(remaining=[1], reset_ms=[20_000], at_ms=NOON_MS)
+    shares, terms = sharing("requests_per_minute: 8", clock, seen, nothing_used)
+    assert await asked(shares, terms, 5) == 1
+    clock.ms += 18_000
+    assert await asked(shares, terms, 5) == 0
+    clock.ms += 4_000
+    assert await asked(shares, terms, 5) == 3
+
+
 async def test_a_long_answer_keeps_its_place_in_an_outage() -> None:
     clock = Clock()
     shares, terms = sharing("concurrent_requests: 2", clock, None, nothing_used)
@@ -450,6 +470,33 @@ async def test_a_strict_limit_refuses_without_its_store() -> None:
         refused = await stage.ask()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "limiter_unavailable")
         assert refused.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"), [("requests_per_minute: 3", 429), ("tokens_per_hour: {limit: 5000, strict: true}", 503)]
+)
+async def test_what_is_refused_here_and_may_have_been_admitted_by_a_mute_store_is_given_back(
+    limit: str, status: int
+) -> None:
+    async with losing(f"{limit}, requests_per_day: 50", replicas=3) as stage:
+        assert (await stage.ask(max_tokens=5)).status_code == 200
+        stage.store.mute = True
+        answers = [await stage.ask(max_tokens=5) for _ in range(2)]
+        assert answers[-1].status_code == status
+        stage.store.mute = False
+        admitted = sum(answered.status_code == 200 for answered in answers)
+        assert stage.store._open == {}
+        plan = Plan("t", (Window("key:alice", "requests", 50, 86_400_000),))
+        assert (await stage.store.admit(Reservation(plan, "req_probe", Costs()))).remaining == [50 - 1 - admitted - 1]
+
+
+async def test_what_is_refused_without_asking_the_store_leaves_it_nothing_to_do() -> None:
+    for limit in ("requests_per_minute: 1", "tokens_per_minute: {limit: 5000, strict: true}"):
+        async with losing(limit) as stage:
+            assert (await stage.ask()).status_code == 200
+            settled, stage.store.available = stage.store.settled, False
+            assert [(await stage.ask()).status_code for _ in range(3)] in ([429] * 3, [503] * 3)
+            assert stage.store.settled == settled
 
 
 async def test_an_open_limit_holds_nobody_up() -> None:

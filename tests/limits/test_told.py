@@ -60,6 +60,11 @@ def test_a_warning_comes_at_80_and_at_95_percent() -> None:
     ]
 
 
+def test_what_is_not_used_up_is_not_said_to_be() -> None:
+    [(_, _, said)] = told.warnings(terms(tokens_per_day=2000), Decision(remaining=[4], reset_ms=[1]))
+    assert said == "tokens per day of key 'alice': 99 % used"
+
+
 @pytest.mark.parametrize(("wait_ms", "seconds"), [(1, "1"), (1000, "1"), (1001, "2"), (61_500, "62")])
 def test_a_rate_limit_says_when_to_come_back_in_whole_seconds_and_exactly(wait_ms: int, seconds: str) -> None:
     decision = Decision(remaining=[0], reset_ms=[60_000], denied=0, wait_ms=wait_ms)

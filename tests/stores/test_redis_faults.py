@@ -416,5 +416,18 @@ async def test_replicas_count_each_other(redis: RedisServer) -> None:
             assert (first.replicas, second.replicas) == (1, 2)
             await first._count_members()
             assert first.replicas == 2
+        for seen in (2, 2, 1):
+            await first._count_members()
+            assert first.replicas == seen
+
+
+async def test_replicas_that_a_redis_has_forgotten_are_there_all_the_same(redis: RedisServer) -> None:
+    redis.said("FLUSHALL")
+    async with store_at(redis.url) as first, store_at(redis.url) as second:
         await first._count_members()
-        assert first.replicas == 1
+        redis.said("FLUSHALL")
+        await first._count_members()
+        assert first.replicas == 2
+        await second._count_members()
+        await first._count_members()
+        assert first.replicas == 2

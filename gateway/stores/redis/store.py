@@ -7,6 +7,7 @@ import math
 import re
 import secrets
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -29,6 +30,7 @@ AT_A_TIME = 100
 STRAY_MS = 5_000
 MEMBER_MS = 15_000
 MEMBER_EVERY_S = 5.0
+MEMBER_COUNTS = 3
 SETTLED_DOWN_S = 20.0
 CLOSE_S = 1.0
 SEEDINGS = 3
@@ -56,6 +58,7 @@ class RedisStore:
         """Raises ValueError where the URL is no store's."""
         self.counts = StoreCounts()
         self.replicas = 1
+        self._members: deque[int] = deque(maxlen=MEMBER_COUNTS)
         self._where = parse(options.url or "", options.password.reveal() if options.password else None)
         self._timeout_s = options.timeout_s
         self._changed = changed
@@ -228,7 +231,8 @@ class RedisStore:
 
     async def _count_members(self) -> None:
         arguments = (self._name.encode(), MEMBER_MS)
-        self.replicas = await self._calls.call(self._scripts.members, 0, [key(0, "m")], arguments)
+        self._members.append(await self._calls.call(self._scripts.members, 0, [key(0, "m")], arguments))
+        self.replicas = max(self._members)  # a Redis that has just lost all counts only those that have come back
 
     async def aclose(self) -> None:
         if not self._nodes:
