@@ -14,6 +14,7 @@ from gateway.errors import (
     CredentialRefused,
     GatewayError,
     InvalidRequest,
+    NotServed,
     Overloaded,
     UpstreamError,
     UpstreamFailed,
@@ -34,6 +35,11 @@ PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5
 MAX_HELD = 1000
 ALARM_S = 60.0
+ALARMS: dict[type[UpstreamError], str] = {
+    CredentialRefused: "upstream %s refuses this gateway's credential for %s: mend its api_key",
+    NotServed: "upstream %s has no model %s, or not the endpoint: mend the target's model, or the upstream's base_url",
+}
+"""What no waiting mends, and the log says as an error: once a minute, for each target."""
 CANNOT = frozenset({"unsupported_parameter", "unsupported_value", "unsupported_endpoint"})
 """The codes with which a target says that it cannot do what another may."""
 
@@ -61,7 +67,8 @@ class Router:
     Sends each request to the targets of its model, one after the other, until one begins to answer.
 
     *clock* gives seconds, *draw* numbers from 0 up to 1. A request that moves on takes one of the process's retries
-    with it until it is over: there are as many as a fifth of the requests under way, but at least three.
+    with it until it is over, unless it could not connect: there are as many as a fifth of the requests under way, but
+    at least three.
     """
 
     def __init__(
@@ -159,9 +166,10 @@ class Router:
         if reason is not None:
             self.watch.ejected(target.label, reason)
             logger.warning("%s is left alone for %.0f s: %s", target.label, health.ejection_s, error.message)
-        if isinstance(error, CredentialRefused) and now >= self._alarmed_at.get(target.label, now):
+        alarm = ALARMS.get(type(error))
+        if alarm is not None and now >= self._alarmed_at.get(target.label, now):
             self._alarmed_at[target.label] = now + ALARM_S
-            logger.error("upstream %s refuses this gateway's credential: mend its api_key", target.upstream)
+            logger.error(alarm, target.upstream, target.model)
 
     def _dispatch(self, call: Call, attempt: Attempt, deadline: float) -> Dispatch:
         target = attempt.target
@@ -260,6 +268,8 @@ class _Passage:
     def _may_go_on(self, error: UpstreamError) -> bool:
         if not self._choice.is_left or self._generations >= MOST_GENERATIONS or time.monotonic() >= self.deadline:
             return False
+        if isinstance(error, UpstreamUnreachable):
+            return True  # it asked nobody for anything: moving on multiplies nothing
         if not self._router.may_retry():
             self._router.watch.no_retry_left(self._attempt.target.label)
             return False

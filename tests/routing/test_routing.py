@@ -11,7 +11,15 @@ import pytest
 
 from gateway.auth import ANONYMOUS
 from gateway.call import Call
-from gateway.errors import InvalidRequest, Overloaded, UpstreamFailed, UpstreamUnreachable
+from gateway.errors import (
+    CredentialRefused,
+    InvalidRequest,
+    NotServed,
+    Overloaded,
+    UpstreamError,
+    UpstreamFailed,
+    UpstreamUnreachable,
+)
 from gateway.models import Models
 from gateway.routing import Router
 from gateway.routing.router import MAX_HELD
@@ -45,6 +53,7 @@ from tests.house import (
     stream_reply,
     upstream,
 )
+from tests.served import until
 
 pytestmark = pytest.mark.anyio
 
@@ -233,7 +242,7 @@ async def test_a_wrong_credential_is_said_aloud_and_asked_no_more(caplog: pytest
             assert (await both.house.post()).status_code == 200
         assert both.asked == (1, 3)
         loud = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-        assert loud == ["upstream upstream-1 refuses this gateway's credential: mend its api_key"]
+        assert loud == ["upstream upstream-1 refuses this gateway's credential for model-1: mend its api_key"]
         metrics = (await both.house.http.get(f"{both.house.url}/metrics")).text
         assert 'suiron_target_ejections_total{reason="credential",target="upstream-1/model-1"} 1.0' in metrics
         assert 'suiron_retries_total{target="upstream-1/model-1"} 1.0' in metrics
@@ -392,12 +401,36 @@ async def test_one_that_fails_where_another_cannot_is_the_upstreams_fault() -> N
         assert (await house.post()).status_code == 502
 
 
-async def test_connect_errors_are_in_the_budget_too_but_are_no_generations() -> None:
+async def test_connect_errors_are_no_generations() -> None:
     dead = [ScriptedAdapter(UpstreamUnreachable("nobody")) for _ in range(3)]
     alive = ScriptedAdapter(WHOLE)
     async with scripted(*dead, alive) as house:
         assert (await house.post()).status_code == 200
     assert [adapter.calls for adapter in (*dead, alive)] == [1, 1, 1, 1]
+
+
+async def test_who_cannot_connect_moves_on_however_many_they_are() -> None:
+    all_there = asyncio.Event()
+    dead, alive = ScriptedAdapter(UpstreamUnreachable("nobody")), ScriptedAdapter(all_there, WHOLE)
+    async with scripted(dead, alive) as house:
+        asking = [asyncio.ensure_future(house.post()) for _ in range(40)]
+        await until(lambda: alive.calls == 40)
+        all_there.set()
+        assert {(await answer).status_code for answer in asking} == {200}
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(CredentialRefused(), "mend its api_key"), (NotServed(), "mend the target's model")]
+)
+async def test_what_no_waiting_mends_is_an_error_in_the_log_once_a_minute(
+    error: UpstreamError, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with scripted(ScriptedAdapter(error)) as house:
+        for _ in range(3):
+            assert (await house.post()).status_code == 502
+    errors = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    assert said in errors[0]
 
 
 async def test_the_abandoned_attempt_is_closed_and_on_record_with_what_it_cost() -> None:
@@ -447,7 +480,7 @@ async def test_all_attempts_share_one_deadline() -> None:
 
 async def test_a_client_that_leaves_gives_back_all_it_held() -> None:
     call = Call(CHAT, ANONYMOUS, *read_request(CHAT, json.dumps(STREAM).encode()))
-    failing, endless = ScriptedAdapter(UpstreamUnreachable("")), ScriptedAdapter(WHOLE, asyncio.Event())
+    failing, endless = ScriptedAdapter(UpstreamFailed("")), ScriptedAdapter(WHOLE, asyncio.Event())
     settings = settings_for(Upstream(adapter="scripted"), Upstream(adapter="scripted"))
     model = Models(settings, {"upstream-1": failing, "upstream-2": endless}).get("smart", ANONYMOUS)
     router = Router(settings.upstreams, Silent())
