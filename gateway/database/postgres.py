@@ -66,18 +66,21 @@ class PostgreSQL:
         self._prepared = True
 
     def commit(self, records: Sequence[UsageRecord]) -> Inserted:
+        try:
+            return self._commit(records)
+        except DatabaseUnavailable:
+            self._engine.dispose()  # the server may be a standby by now, and a new connection lead to another
+            raise
+
+    def _commit(self, records: Sequence[UsageRecord]) -> Inserted:
         if not self._prepared:  # it was away when we started
             try:
                 self.prepare()
             except SettingsError as exc:
                 raise DatabaseUnavailable(str(exc)) from None
-        try:
-            with translating(), self._engine.begin() as connection:
-                _lock(connection, WRITING)  # so that whoever sees a row sees all that have a lower `seq`
-                return self._statements.commit(connection, records)
-        except DatabaseUnavailable:
-            self._engine.dispose()  # the server may be a standby by now, and a new connection lead to another
-            raise
+        with translating(), self._engine.begin() as connection:
+            _lock(connection, WRITING)  # so that whoever sees a row sees all that have a lower `seq`
+            return self._statements.commit(connection, records)
 
     def used(self, kind: Kind, name: str, model: str | None, metric: Metric, since_ms: int) -> tuple[int, int]:
         with translating(), self._engine.connect() as connection:

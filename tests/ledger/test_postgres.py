@@ -204,9 +204,13 @@ async def test_a_server_that_is_not_there_at_the_start_is_waited_for(database: P
     whole(database, traffic.posted)
 
 
-async def test_a_server_that_may_only_be_read_for_a_while_is_connected_to_anew(database: PostgresDatabase) -> None:
+@pytest.mark.parametrize("is_new", [False, True])
+async def test_a_server_that_may_only_be_read_for_a_while_is_connected_to_anew(
+    is_new: bool, database: PostgresDatabase
+) -> None:
     """As after a failover: the connections that are there stay with what is a standby now."""
-    open_ledger(database.settings()).close()
+    if not is_new:
+        open_ledger(database.settings()).close()
     with database.server.connect(database.name) as other:
         other.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
     async with a_ledger(database.settings()) as ledger:
