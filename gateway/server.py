@@ -17,7 +17,8 @@ from typing import Any
 from gateway.api.errors import unexpected
 from gateway.api.shutdown import Shutdown
 from gateway.auth import is_loopback
-from gateway.connection import ASGIApp, Connection, Connections
+from gateway.connection import Connection, Connections
+from gateway.connection.exchange import ASGIApp
 from gateway.errors import ShuttingDown
 from gateway.settings import Server, SettingsError
 
