@@ -89,11 +89,15 @@ class Features(Struct, frozen=True, kw_only=True):
 
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
-    """`context_tokens` is None where the upstream does not tell."""
+    """
+    `context_tokens` is None where the upstream does not tell. `revision` is whatever tells one model from another that
+    goes by the same name: where its files lie, or their digest; None where nobody tells.
+    """
 
     id: str
     owned_by: str = ""
     context_tokens: int | None = None
+    revision: str | None = None
     features: Features = Features()
 
 
@@ -149,6 +153,7 @@ class _Listed(Struct):
     id: str
     owned_by: str = ""
     max_model_len: int | None = None
+    root: str | None = None
 
 
 class _ModelList(Struct):
@@ -297,7 +302,7 @@ class HTTPAdapter:
 
     async def list_models(self, path: str = "models") -> list[ModelFacts]:
         """
-        What `/models` says, with vLLM's `max_model_len` where it is there. Raises UpstreamError.
+        What `/models` says, with vLLM's `max_model_len` and `root` where they are there. Raises UpstreamError.
 
         That is how most probes begin, so it also says what an operator can mend.
         """
@@ -312,7 +317,7 @@ class HTTPAdapter:
         except msgspec.MsgspecError as exc:
             raise errors.UpstreamFailed("The upstream's list of models could not be understood.") from exc
         return [
-            ModelFacts(id=model.id, owned_by=model.owned_by, context_tokens=model.max_model_len)
+            ModelFacts(id=model.id, owned_by=model.owned_by, context_tokens=model.max_model_len, revision=model.root)
             for model in listed.data
         ]
 

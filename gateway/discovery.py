@@ -109,6 +109,11 @@ def changes(before: UpstreamFacts, after: UpstreamFacts) -> list[str]:
         for id in sorted(had.keys() & has.keys())
         if had[id].context_tokens != has[id].context_tokens
     ]
+    said += [
+        f"has another model under the name {id}"
+        for id in sorted(had.keys() & has.keys())
+        if None not in (had[id].revision, has[id].revision) and had[id].revision != has[id].revision
+    ]
     return said
 
 

@@ -208,6 +208,37 @@ async def test_each_engine_tells_what_it_can(answers: Any, said: str) -> None:
     assert describe(found).startswith(said)
 
 
+def tagged(digest: str) -> Any:
+    return {"/v1/models": listed("library", "m"), "/api/tags": {"models": [{"name": "m", "digest": digest}]}}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param(lambda what: {"/v1/models": listed("vllm", "m", root=what)}, id="vLLM, as another server"),
+        pytest.param(
+            lambda what: {"/v1/models": listed("sglang", "m"), "/get_server_info": {"model_path": what}}, id="SGLang"
+        ),
+        pytest.param(
+            lambda what: {"/v1/models": listed("llamacpp", "m"), "/props": {**PROPS, "model_path": what}},
+            id="llama.cpp",
+        ),
+        pytest.param(tagged, id="Ollama"),
+    ],
+)
+async def test_another_model_under_the_same_name_is_told_apart(answers: Any) -> None:
+    found = []
+    for what in ("models/one", "models/two"):
+        async with upstream(server(answers(what))) as up:
+            adapter = OpenAI(up.settings())
+            found.append(await adapter.probe())
+            await adapter.aclose()
+    before, after = found
+    assert [model.revision for model in before.models] == ["models/one"]
+    assert changes(before, after) == ["has another model under the name m"]
+    assert changes(after, after) == []
+
+
 async def test_transformers_serves_although_its_list_fails() -> None:
     async with upstream(server({"/v1/models": 500, "/health": {"status": "ok"}})) as up:
         adapter = OpenAI(up.settings(options={"engine": "transformers"}))

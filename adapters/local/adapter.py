@@ -35,7 +35,7 @@ class Adapter:
     async def probe(self) -> UpstreamFacts:
         """Loads the model, which may take minutes. Raises UpstreamFailed with what to do if that is not possible."""
         facts = await self.engine.ready()
-        model = ModelFacts(id=facts.model, context_tokens=facts.context_tokens)
+        model = ModelFacts(id=facts.model, context_tokens=facts.context_tokens, revision=facts.revision)
         return UpstreamFacts(kind="transformers", version=facts.version, models=[model])
 
     async def aclose(self) -> None:

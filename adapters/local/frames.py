@@ -63,9 +63,10 @@ class Loading(Struct, tag="loading"):
 
 
 class Ready(Struct, kw_only=True, tag="ready"):
-    """The model is loaded. `context_tokens` bounds prompt and completion together."""
+    """The model is loaded. `context_tokens` bounds prompt and completion together; `revision` is of its files."""
 
     model: str
+    revision: str
     context_tokens: int
     has_template: bool
     dtype: str

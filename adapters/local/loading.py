@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from adapters.local.engine import Engine
 from adapters.local.frames import Loading, Ready
 from adapters.local.options import Options
-from adapters.local.sources import CannotLoad, Report, first_line
+from adapters.local.sources import CannotLoad, Report, first_line, revision_of
 
 DEFAULT_CONTEXT = 2048
 """For the rare model that does not say."""
@@ -39,6 +39,7 @@ def load(folder: Path, options: Options, report: Report) -> Loaded:
     context_tokens = _context_tokens(config, tokenizer)
     facts = Ready(
         model=name,
+        revision=revision_of(folder),
         context_tokens=context_tokens,
         has_template=bool(tokenizer.chat_template),
         dtype=str(model.dtype).removeprefix("torch."),

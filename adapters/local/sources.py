@@ -1,5 +1,6 @@
 """Where are a model's files? In this installation, in a folder, or on the hub."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ DEMO = Path(__file__).parent / "demo" / "model"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 UNWANTED = ["*/*", "consolidated*"]
 """The same weights once more, in other layouts."""
+
+SAMPLES, SAMPLE_BYTES = 64, 64 * 1024
+"""What is looked at of a large file: to read weights whole would take as long as to load them."""
 
 Report = Callable[[Loading], None]
 
@@ -35,6 +39,22 @@ def find(options: Options, report: Report) -> Path:
     if not folder.is_dir():
         raise CannotLoad(f"there is no folder {options.model}")
     return folder
+
+
+def revision_of(folder: Path) -> str:
+    """Of a model's files: another one where any of them is another, the same on every machine."""
+    seen = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not any(path.match(pattern) for pattern in WANTED):
+            continue
+        size = path.stat().st_size
+        seen.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            step = max(SAMPLE_BYTES, -(-size // SAMPLES))
+            for start in range(0, size, step):
+                file.seek(start)
+                seen.update(file.read(SAMPLE_BYTES))
+    return seen.hexdigest()
 
 
 def _download(model: str, revision: str | None, report: Report) -> Path:

@@ -44,6 +44,7 @@ class _ServerInfo(Struct):
     version: str | None = None
     context_length: int | None = None
     max_running_requests: int | None = None
+    model_path: str | None = None
 
 
 class _Generation(Struct):
@@ -54,6 +55,7 @@ class _Props(Struct):
     """llama.cpp's `/props`."""
 
     build_info: str | None = None
+    model_path: str | None = None
     total_slots: int | None = None
     default_generation_settings: _Generation = msgspec.field(default_factory=_Generation)
     modalities: dict[str, bool] = {}
@@ -64,6 +66,17 @@ class _Shown(Struct):
 
     capabilities: list[str] = []
     parameters: str = ""
+
+
+class _Tagged(Struct):
+    name: str
+    digest: str | None = None
+
+
+class _Tags(Struct):
+    """Ollama's `/api/tags`."""
+
+    models: list[_Tagged] = []
 
 
 class Probe:
@@ -100,20 +113,31 @@ class Probe:
 
     async def _sglang(self, facts: UpstreamFacts) -> UpstreamFacts:
         info = await self._told(_ServerInfo, "../get_server_info")
-        models = [replace(model, context_tokens=model.context_tokens or info.context_length) for model in facts.models]
+        models = [
+            replace(
+                model,
+                context_tokens=model.context_tokens or info.context_length,
+                revision=info.model_path or model.revision,
+            )
+            for model in facts.models
+        ]
         return replace(facts, version=info.version, max_concurrent=info.max_running_requests, models=models)
 
     async def _llamacpp(self, facts: UpstreamFacts) -> UpstreamFacts:
         props = await self._told(_Props, "../props")
         context = props.default_generation_settings.n_ctx
         features = Features(vision=props.modalities.get("vision"), audio=props.modalities.get("audio"))
-        models = [replace(model, context_tokens=context, features=features) for model in facts.models]
+        told = {"context_tokens": context, "features": features, "revision": props.model_path}
+        models = [replace(model, **told) for model in facts.models]
         return replace(facts, version=props.build_info, max_concurrent=props.total_slots, models=models)
 
     async def _ollama(self, facts: UpstreamFacts) -> UpstreamFacts:
         version = await self._told(_Version, "../api/version")
-        asked = [await self._shown(model) for model in facts.models[:MOST_ASKED]]
-        return replace(facts, version=version.version, models=[*asked, *facts.models[MOST_ASKED:]])
+        tags = await self._told(_Tags, "../api/tags")
+        digests = {tagged.name: tagged.digest for tagged in tags.models}
+        models = [replace(model, revision=digests.get(model.id)) for model in facts.models]
+        asked = [await self._shown(model) for model in models[:MOST_ASKED]]
+        return replace(facts, version=version.version, models=[*asked, *models[MOST_ASKED:]])
 
     async def _shown(self, model: ModelFacts) -> ModelFacts:
         body = msgspec.json.encode({"model": model.id})

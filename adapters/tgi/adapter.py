@@ -36,6 +36,7 @@ class _Info(Struct):
     """What `/info` says."""
 
     model_id: str
+    model_sha: str | None = None
     version: str | None = None
     max_total_tokens: int | None = None
     max_stop_sequences: int = 4
@@ -126,7 +127,9 @@ class Adapter(HTTPAdapter):
             return UpstreamFacts(kind="TGI", models=models, repairs=REPAIRS)
         self._max_stops = info.max_stop_sequences
         features = self.features(info.model_id)
-        facts = ModelFacts(id=info.model_id, context_tokens=info.max_total_tokens, features=features)
+        facts = ModelFacts(
+            id=info.model_id, context_tokens=info.max_total_tokens, revision=info.model_sha, features=features
+        )
         return UpstreamFacts(
             kind="TGI",
             version=info.version,

@@ -21,15 +21,17 @@ ANY = Control()
 
 
 def read_control(header: bytes) -> Control:
-    """What is not understood is passed over; an age that is no number allows none."""
+    """What is not understood is passed over. Of several ages the lowest counts; one that is no number allows none."""
     if not header:
         return ANY
-    said: dict[bytes, bytes] = {}
+    said: set[bytes] = set()
+    ages_s: list[int] = []
     for directive in header.lower().split(b","):
-        name, _, value = directive.strip().partition(b"=")
-        said[name] = value.strip(b' "')
-    age = said.get(b"max-age")
-    max_age_s = None if age is None else int(age[:10]) if age.isdigit() else 0
+        name, _, value = (word.strip(b' \t"') for word in directive.partition(b"="))
+        said.add(name)
+        if name == b"max-age":
+            ages_s.append(int(value[:10]) if value.isdigit() else 0)
+    max_age_s = min(ages_s, default=None)
     return Control(
         no_store=b"no-store" in said,
         no_cache=b"no-cache" in said or max_age_s == 0,

@@ -52,7 +52,9 @@ def is_admitted(policy: Caching, endpoint: Endpoint, asked: Any) -> bool:
     """Whether answers to such a request may be kept."""
     if policy.mode == "all" or endpoint is EMBEDDINGS:
         return policy.mode != "off"
-    return policy.mode == "deterministic" and (asked.temperature == 0 or asked.seed is not None)
+    if policy.mode != "deterministic" or getattr(asked, "web_search_options", None) is not None:
+        return False  # the web is another one tomorrow
+    return asked.temperature == 0 or asked.seed is not None
 
 
 class Fingerprints:
@@ -75,11 +77,13 @@ class Fingerprints:
     def _make(self, name: str) -> bytes:
         model = self._settings.models[name]
         targets = [(target, *self._behind(target.upstream, target.model or name)) for target in model.targets]
-        return sha256(_SORTED.encode((__version__, model.context_tokens, targets))).digest()
+        return sha256(_SORTED.encode((__version__, model.context_tokens, model.prices, targets))).digest()
 
     def _behind(self, upstream: str, model: str) -> tuple[Any, ...]:
         settings, facts = self._settings.upstreams[upstream], self._facts.get(upstream)
         configured = (settings.adapter, settings.base_url, sorted(settings.extra_fields), settings.options)
         if facts is None:
             return (*configured, None)
-        return (*configured, facts.kind, facts.version, [found for found in facts.models if found.id == model])
+        # Who has no such name goes by another, or by none: then it is whatever is there.
+        named = [found for found in facts.models if found.id == model]
+        return (*configured, facts.kind, facts.version, named or sorted(facts.models, key=lambda found: found.id))

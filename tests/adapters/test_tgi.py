@@ -42,7 +42,13 @@ from tests.house import (
 
 pytestmark = pytest.mark.anyio
 
-INFO = {"model_id": "org/small", "version": "3.3.6", "max_input_tokens": 100, "max_total_tokens": 128}
+INFO = {
+    "model_id": "org/small",
+    "model_sha": "5f91d94",
+    "version": "3.3.6",
+    "max_input_tokens": 100,
+    "max_total_tokens": 128,
+}
 TOOL = {"type": "function", "function": {"name": "depth_of"}}
 PROMPT = {"model": "smart", "prompt": "Water is"}
 

@@ -444,7 +444,7 @@ async def test_a_probe_tells_version_models_and_context_and_chat_limits_are_cut_
         facts = await adapter.probe()
         await adapter.aclose()
     assert (facts.kind, facts.version) == ("vLLM", "0.32.0" if has_version else None)
-    assert [(model.id, model.context_tokens) for model in facts.models] == [("model-1", 256)]
+    assert [(model.id, model.context_tokens, model.revision) for model in facts.models] == [("model-1", 256, "/secret")]
     assert sent(CHAT, adapter, max_completion_tokens=1000) == {"max_completion_tokens": 256}
     assert sent(CHAT, adapter, max_completion_tokens=9) == {"max_completion_tokens": 9}
     assert sent(COMPLETIONS, adapter, max_tokens=1000) == {"max_tokens": 1000}

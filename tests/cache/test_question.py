@@ -8,10 +8,11 @@ import msgspec
 import pytest
 
 from gateway.adapter import ASKS_NOTHING, ModelFacts, UpstreamFacts
+from gateway.cache.control import Control, read_control
 from gateway.cache.question import HOW_IT_IS_TOLD, Fingerprints, key_of
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, Endpoint
 from gateway.schema.reading import read_request
-from gateway.settings import Caching, Settings, Target, Upstream
+from gateway.settings import Caching, Prices, Settings, Target, Upstream
 from tests.cache.conftest import settings_with
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -157,7 +158,10 @@ def test_a_changed_target_adapter_or_revision_never_serves_the_old_answer() -> N
         prints(with_upstream(base, base_url="http://elsewhere/v1")),
         prints(with_upstream(base, options={"cache_salt": True})),
         prints(with_upstream(base, extra_fields=["top_k"])),
+        prints(with_model(base, prices=Prices(input=1, output=2))),
+        prints(with_model(base, prices=Prices(input=1, output=3))),
         prints(base, facts),
+        prints(base, msgspec.structs.replace(facts, models=[ModelFacts(id="model-1", revision="/models/two")])),
         prints(base, msgspec.structs.replace(facts, version="0.33")),
         prints(base, msgspec.structs.replace(facts, models=[ModelFacts(id="model-1", context_tokens=200)])),
         prints(base, msgspec.structs.replace(facts, models=[])),
@@ -174,8 +178,49 @@ def test_what_does_not_change_the_answer_keeps_what_was_kept() -> None:
     assert prints(base) == prints(with_upstream(base, max_connections=5))
 
 
+def test_a_server_that_goes_by_another_name_counts_with_whatever_it_has() -> None:
+    """As TGI, which answers to any: the course's snippets call it "tgi"."""
+    base = with_model(settings_with(), targets=[Target(upstream="one", model="tgi")])
+    sets = [["org/a"], ["org/b"], ["org/a", "org/b"], ["org/b", "org/a"]]
+    a, b, both, again = (
+        prints(base, UpstreamFacts(kind="TGI", models=[ModelFacts(id=id) for id in ids])) for ids in sets
+    )
+    assert len({a, b, both}) == 3
+    assert both == again
+
+
 def test_facts_that_come_later_count_from_then_on() -> None:
     made = Fingerprints(settings_with())
     before = made.of("smart")
     made.found("one", UpstreamFacts(kind="vLLM", version="0.32"))
     assert made.of("smart") != before
+
+
+# What a client says of kept answers.
+
+
+@pytest.mark.parametrize(
+    ("header", "control"),
+    [
+        (b"", Control()),
+        (b"no-store", Control(no_store=True)),
+        (b"NO-STORE\t, x", Control(no_store=True)),
+        (b"no-cache", Control(no_cache=True)),
+        (b'no-cache="a, b"', Control(no_cache=True)),
+        (b"max-age=0", Control(no_cache=True, max_age_s=0)),
+        (b"max-age=60", Control(max_age_s=60)),
+        (b'max-age="60"', Control(max_age_s=60)),
+        (b"max-age = 60", Control(max_age_s=60)),
+        (b"max-age=60, max-age=5", Control(max_age_s=5)),
+        (b"max-age=5, max-age=60", Control(max_age_s=5)),
+        (b"max-age=99999999999999999999", Control(max_age_s=9_999_999_999)),
+        (b"max-age", Control(no_cache=True, max_age_s=0)),
+        (b"max-age=-1", Control(no_cache=True, max_age_s=0)),
+        (b"max-age=1.5", Control(no_cache=True, max_age_s=0)),
+        (b"max-age=soon, only-if-cached", Control(no_cache=True, only_if_cached=True, max_age_s=0)),
+        (b"no-cache, no-store, max-age=3", Control(no_cache=True, no_store=True, max_age_s=3)),
+        (b"private, max-stale=60, min-fresh=3,,=, \xff", Control()),
+    ],
+)
+def test_what_clients_say_of_kept_answers(header: bytes, control: Control) -> None:
+    assert read_control(header) == control

@@ -12,7 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from adapters.local.frames import Loading
 from adapters.local.loading import Loaded, load
 from adapters.local.options import read_options
-from adapters.local.sources import CannotLoad, find
+from adapters.local.sources import CannotLoad, find, revision_of
 from gateway.settings import SettingsError
 
 
@@ -38,6 +38,7 @@ def test_progress_and_facts_are_told(tiny: Path) -> None:
     loaded = load(tiny, read_options({"model": str(tiny), "dtype": "bfloat16", "device": "cpu"}), told.append)
     facts = loaded.facts
     assert (facts.model, facts.context_tokens, facts.has_template) == ("tiny", 256, True)
+    assert facts.revision == revision_of(tiny)
     assert (facts.dtype, facts.device) == ("bfloat16", "cpu")
     assert 10_000 < facts.parameters < 100_000
     assert loaded.ends == {loaded.tokenizer.eos_token_id}
@@ -45,6 +46,19 @@ def test_progress_and_facts_are_told(tiny: Path) -> None:
     assert weights == sorted(weights)
     assert (weights[0], weights[-1]) == (0.0, 1.0)
     assert told[-1] == Loading("warm-up", 1.0)
+
+
+def test_the_revision_is_of_the_files_and_not_of_where_they_lie(tiny: Path, copy: Path) -> None:
+    before = revision_of(tiny)
+    (copy / "README.md").write_text("# Another one")
+    assert revision_of(copy) == before
+    weights = next(copy.glob("*.safetensors"))
+    spoiled = bytearray(weights.read_bytes())
+    spoiled[-1] ^= 1
+    weights.write_bytes(spoiled)
+    other = revision_of(copy)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert len({before, other, revision_of(copy)}) == 3
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
