@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
@@ -13,6 +12,7 @@ from gateway.cache.control import ANY, Control, read_control
 from gateway.cache.entry import entry_of, pack, unpack
 from gateway.cache.flights import MAX_KEPT_BYTES, Flight
 from gateway.cache.forms import cut, merged, says_nothing_else
+from gateway.cache.lead import Lead
 from gateway.cache.question import Fingerprints, is_admitted, key_of
 from gateway.cache.track import Track
 from gateway.call import Attempt, CacheState, Call
@@ -37,7 +37,6 @@ LARGE_BYTES = 64 * 1024
 """What is packed or unpacked beside the event loop."""
 JITTER = 0.1
 """By how much of their time entries end early, each by another share, so that they do not all end at once."""
-LEASE_S = 30.0
 POLL_S = 0.1
 
 
@@ -217,7 +216,9 @@ class Cache:
     def _launched(self, question: "Question", produce: Produce) -> Flight:
         flight = Flight(question.call, question.epochs, self._monotonic)
         self._flights[question.key] = flight
-        token = secrets.token_hex(8) if self._store.shared and question.epochs is not None else None
+        lead = None
+        if self._store.shared and question.epochs is not None:
+            lead = Lead(self._store, question.key, question.epochs)
 
         async def landed() -> None:
             try:
@@ -226,58 +227,48 @@ class Cache:
             finally:
                 if self._flights.get(question.key) is flight:
                     del self._flights[question.key]
-                if token is not None:
-                    with suppress(StoreUnavailable):
-                        await self._store.follow(question.key, token)
+                if lead is not None:
+                    await lead.leave()
 
-        task = flight.start(self._source(flight, question, produce, token), landed)
+        task = flight.start(self._source(flight, question, produce, lead), landed)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return flight
 
     async def _source(
-        self, flight: Flight, question: "Question", produce: Produce, token: str | None
+        self, flight: Flight, question: "Question", produce: Produce, lead: Lead | None
     ) -> AsyncGenerator[Parts]:
         """What another process has found by then; else what is generated, while others are held off."""
-        if token is not None and not question.control.no_cache and not await self._leads(question, token):
-            kept = await self._found_elsewhere(question)
+        if lead is not None:
+            kept = None if question.control.no_cache else await self._found_elsewhere(question, lead)
             if kept is not None:
                 flight.borrowed = True
                 for known in told(flight.call, kept.track):
                     yield known
                 return
-            await self._leads(question, token)
+            lead.keep()
         async with aclosing(produce(flight.call)) as parts:
-            renewed = time.monotonic()
             async for arrived in parts:
                 yield arrived
-                if token is not None and time.monotonic() - renewed > LEASE_S / 3:
-                    renewed = time.monotonic()
-                    self._run(self._renew(question, token))
 
-    async def _leads(self, question: "Question", token: str) -> bool:
-        """Whether this is the process to look for an answer; also where nobody can say."""
-        try:
-            return await self._store.lead(question.key, token, LEASE_S)
-        except StoreUnavailable:
-            return True
-
-    async def _renew(self, question: "Question", token: str) -> None:
-        await self._leads(question, token)
-
-    async def _found_elsewhere(self, question: "Question") -> "Kept | None":
-        """The answer that another process is generating; None if it came to nothing, or takes too long."""
+    async def _found_elsewhere(self, question: "Question", lead: Lead) -> "Kept | None":
+        """The answer that another process generates; None where this one is to, or has waited for long enough."""
         until = time.monotonic() + self._wait_s
+        while not await lead.take():
+            kept = await self._awaited(question, lead, until)
+            if kept is not None or time.monotonic() >= until or question.epochs != lead.epochs:
+                return kept
+        return None
+
+    async def _awaited(self, question: "Question", lead: Lead, until: float) -> "Kept | None":
+        """What comes of it while another leads; None if that is nothing."""
         while time.monotonic() < until:
             await asyncio.sleep(POLL_S)
-            try:
-                is_led = await self._store.is_led(question.key)
-            except StoreUnavailable:
-                return None
+            is_taken = await lead.is_taken()
             kept = await self._look_up(question)  # after that: who leads no longer has written before
             if kept is not None and self._may_be_given(kept, question):
                 return kept
-            if not is_led:
+            if not is_taken or question.epochs != lead.epochs:  # what comes of it is forgotten already
                 return None
         return None
 

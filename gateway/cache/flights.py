@@ -13,21 +13,52 @@ from gateway.stores.answers import Epochs
 
 MAX_SEATS = 256
 MAX_KEPT_BYTES = 4 * 1024 * 1024
-"""Of what was said, for those who come late. Beyond it nobody may, and those who are there are waited for."""
-MAX_WHOLE_BYTES = 64 * 1024 * 1024
-"""… where somebody wants the answer whole, which needs all of it."""
+"""Of what was said, for those who come late. Beyond it nobody may."""
+MAX_BEHIND_BYTES = 64 * 1024 * 1024
+"""How far behind a listener may be; further, it is waited for. Who wants the answer whole is at its beginning."""
 CLOSING_S = 1.0
 
 
+class Stretch:
+    """Some of what was said, and where it goes on. One that everybody has heard is held by nobody."""
+
+    __slots__ = ("begins_at", "next", "track")
+
+    def __init__(self, track: Track, begins_at: int) -> None:
+        self.track = track
+        self.begins_at = begins_at
+        self.next: Stretch | None = None
+
+    def whole(self) -> Track:
+        """From here to the end."""
+        track, stretch = self.track, self.next
+        while stretch is not None:
+            track = track.joined_by(stretch.track)
+            stretch = stretch.next
+        return track
+
+
 class Seat:
-    """One call's place in a flight, and how far it has heard."""
+    """One call's place in a flight, and how far it has heard. It is `live` if it can be given pieces as they come."""
 
-    __slots__ = ("call", "position", "waiting")
+    __slots__ = ("call", "is_refused", "live", "position", "stretch", "waiting")
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, stretch: Stretch) -> None:
         self.call = call
+        self.stretch = stretch
         self.position = 0
+        self.live = call.streamed and stretch.track.streamed
+        self.is_refused = False
         self.waiting: asyncio.Future[None] | None = None
+
+    def has_heard(self, stretch: Stretch) -> bool:
+        """All of it, where this is the latest or the one before."""
+        return stretch.next is self.stretch or (stretch is self.stretch and self.position == len(stretch.track))
+
+    def refuse(self) -> None:
+        """So much is not kept for who wants it whole: it may ask for itself."""
+        self.is_refused = True
+        self.wake()
 
     def wake(self) -> None:
         if self.waiting is not None and not self.waiting.done():
@@ -40,7 +71,8 @@ class Flight:
 
     `call` is the generation's: a copy of the first caller's, who may leave before it ends. The first pays for it; if
     that one leaves, who has been there longest does. `borrowed` is set where the answer was found elsewhere after all;
-    `is_complete`, where `track` has all of it.
+    `is_complete`, where `track` has all of it. The fastest listener sets
+    the pace; a slow one is waited for only when it is very far behind.
     """
 
     def __init__(self, call: Call, epochs: Epochs | None, clock: Callable[[], float]) -> None:
@@ -48,13 +80,14 @@ class Flight:
         self.epochs = epochs
         self._clock = clock
         self.track = Track(call.endpoint, call.streamed, clock)
+        self._last = Stretch(self.track, 0)
         self._latest: tuple[int, Parts] | None = None
         self.borrowed = False
         self.error: Exception | None = None
         self._seats: list[Seat] = []
         self._over = False
         self._closed = False
-        self._drained: asyncio.Future[None] | None = None
+        self._moved: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -75,11 +108,12 @@ class Flight:
         try:
             async with aclosing(source):
                 async for arrived in source:
-                    self._latest = len(self.track), arrived
-                    self.track.add(arrived)
+                    track = self._last.track
+                    self._latest = len(track), arrived
+                    track.add(arrived)
                     self._wake()
-                    if self.track.size_bytes > MAX_KEPT_BYTES:
-                        await self._overflow()
+                    if track.size_bytes > MAX_KEPT_BYTES:
+                        await self._begin_stretch()
         except Exception as exc:
             self.error = exc
         except asyncio.CancelledError:
@@ -94,20 +128,32 @@ class Flight:
         for seat in self._seats:
             seat.wake()
 
-    async def _overflow(self) -> None:
-        """Wait until all have heard what there is, and drop it: the slowest sets the pace now."""
+    async def _begin_stretch(self) -> None:
         self._closed = True
-        if not all(_is_live(seat.call, self.track) for seat in self._seats):
-            if self.track.size_bytes > MAX_WHOLE_BYTES:
-                raise UpstreamFailed("The upstream's answer is too large.")
-            return
-        while any(seat.position < len(self.track) for seat in self._seats):
-            self._drained = asyncio.get_running_loop().create_future()
-            await self._drained
-        self.track = Track(self.call.endpoint, self.track.streamed, self._clock)
+        full, track = self._last, self._last.track
+        self._last = Stretch(Track(self.call.endpoint, track.streamed, self._clock), full.begins_at + track.size_bytes)
+        full.next = self._last
         self._latest = None
+        while self._outruns_listeners(full):
+            self._moved = asyncio.get_running_loop().create_future()
+            await self._moved
+
+    def _outruns_listeners(self, full: Stretch) -> bool:
+        """Whether nobody has heard all of *full* yet, or somebody is very far behind."""
+        live, far = [], False
         for seat in self._seats:
-            seat.position = 0
+            is_far = self._last.begins_at - seat.stretch.begins_at > MAX_BEHIND_BYTES
+            if seat.live:
+                live.append(seat)
+                far = far or is_far
+            elif is_far:
+                seat.refuse()
+        return far or bool(live and not any(seat.has_heard(full) for seat in live))
+
+    def _has_moved(self) -> None:
+        """Somebody is less far behind, or has left."""
+        if self._moved is not None and not self._moved.done():
+            self._moved.set_result(None)
 
     async def listen(self, call: Call) -> AsyncGenerator[Parts | Track]:
         """
@@ -116,37 +162,41 @@ class Flight:
         Where *call* wants it in another form, there is one item: the whole track, when it is whole. Who stops listening
         last ends the generation, before this returns.
         """
-        seat = Seat(call)
+        seat = Seat(call, self._last)
         self._seats.append(seat)
         try:
-            live = _is_live(call, self.track)
             while True:
-                track, position = self.track, seat.position
-                if live and position < len(track):
-                    seat.position = len(track)
+                stretch, position = seat.stretch, seat.position
+                if seat.live and position < len(stretch.track):
+                    seat.position = len(stretch.track)
+                    self._has_moved()
                     yield self._heard(seat, position)
+                elif seat.live and stretch.next is not None:
+                    seat.stretch, seat.position = stretch.next, 0
+                    self._has_moved()
+                elif seat.is_refused:
+                    raise UpstreamFailed("The upstream's answer is too large.")
                 elif not self._over:
                     await self._news(seat)
                 elif self.error is not None:
                     raise self.error
                 else:
                     break
-            if not live:
-                yield self.track
+            if not seat.live:
+                yield seat.stretch.whole()
         finally:
             if self._leave(seat):
                 await self._end()
 
     def _heard(self, seat: Seat, position: int) -> Parts:
         """What has come since; who pays gets the parts themselves, and the others' are made anew: they are changed."""
-        if seat is self._seats[0] and self._latest is not None and self._latest[0] == position:
-            parts, self._latest = self._latest[1], None
-            return parts
-        return self.track.parts(position, len(self.track))
+        latest, track = self._latest, seat.stretch.track
+        if latest is not None and latest[0] == position and seat is self._seats[0] and seat.stretch is self._last:
+            self._latest = None
+            return latest[1]
+        return track.parts(position, len(track))
 
     async def _news(self, seat: Seat) -> None:
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
         seat.waiting = asyncio.get_running_loop().create_future()
         await seat.waiting
 
@@ -156,8 +206,9 @@ class Flight:
         self._seats.remove(seat)
         if self._over:
             return False
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self._has_moved()
+        if pays and not seat.live:
+            _hear_of(seat)
         if not self._seats:
             self._closed = True
             return True
@@ -183,6 +234,9 @@ class Flight:
             await asyncio.wait([self._task], timeout=CLOSING_S)
 
 
-def _is_live(call: Call, track: Track) -> bool:
-    """Whether it can be heard as it comes: chunks by who wants chunks."""
-    return call.streamed and track.streamed
+def _hear_of(seat: Seat) -> None:
+    """Who waits for the whole of a stream and leaves has been given nothing, and pays for what was generated."""
+    stretch: Stretch | None = seat.stretch
+    while stretch is not None:
+        seat.call.usage = seat.call.heard.add(stretch.track.parts(0, len(stretch.track))) or seat.call.usage
+        stretch = stretch.next

@@ -5,6 +5,7 @@ Most chunks of a stream differ from the one before in nothing but their text. Of
 mould that all of them fit; the others are kept whole. Either way they come back byte for byte.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,6 +77,18 @@ class Track:
         self.usages.append(usage)
         if usage is not None:
             self.usage = usage
+
+    def joined_by(self, other: "Track") -> "Track":
+        """Both, one after the other, for who wants them whole."""
+        both = copy.copy(self)
+        both.moulds = self.moulds + other.moulds
+        both.texts = self.texts + other.texts
+        both.waits_ms = self.waits_ms + other.waits_ms
+        both.usages = self.usages + other.usages
+        both.usage = other.usage or self.usage
+        both.finishes = self.finishes | other.finishes
+        both.size_bytes = self.size_bytes + other.size_bytes
+        return both
 
     def part(self, position: int) -> Part[Any]:
         """One piece, for one reader to change."""

@@ -2,16 +2,36 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx2
 import pytest
 
+from gateway.cache import Cache
+from gateway.cache.flights import MAX_BEHIND_BYTES, MAX_KEPT_BYTES
+from gateway.cache.question import Fingerprints
+from gateway.call import Call
 from gateway.errors import Overloaded, UpstreamFailed
+from gateway.schema.payload import Parts
 from gateway.settings import Caching
-from tests.cache.conftest import ALL, ASK_USAGE, STREAM, Playing, answer, bearer, both, hello, keeping, key
+from gateway.stores.answers import MemoryAnswers
+from tests.cache.conftest import (
+    ALL,
+    ASK_USAGE,
+    STREAM,
+    Playing,
+    answer,
+    bearer,
+    both,
+    delta,
+    hello,
+    keeping,
+    key,
+    settings_with,
+)
+from tests.cache.direct import a_call, all_of
 from tests.house import AUTH, HELLO, House, events_of
 
 pytestmark = pytest.mark.anyio
@@ -260,3 +280,92 @@ class Slowly(Playing):
         async for parts in super().chat(request, dispatch):
             await asyncio.sleep(0.0005)
             yield parts
+
+
+# A long answer, and somebody who stops reading.
+
+PIECE = "x" * 65_000
+
+
+class Long:
+    """A stream of *pieces*, each large; `said` are those that were taken from it."""
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces = pieces
+        self.said = 0
+
+    async def produce(self, call: Call) -> AsyncGenerator[Parts]:
+        if not call.streamed:
+            yield [answer()]
+            return
+        yield [delta({"role": "assistant", "content": ""})]
+        for number in range(self.pieces):
+            self.said += 1
+            await asyncio.sleep(0)
+            yield [delta({"content": f"{number}-{PIECE}"})]
+        yield [delta({}, "stop")]
+
+    def text(self) -> list[str]:
+        return [f"{number}-{PIECE}" for number in range(self.pieces)]
+
+
+def contents(heard: list[Parts]) -> list[str]:
+    said = [choice.delta.content for parts in heard for part in parts for choice in part.value.choices]
+    return [content for content in said if content]
+
+
+def a_cache() -> Cache:
+    config = settings_with()
+    return Cache(config, MemoryAnswers(10**6), Fingerprints(config))
+
+
+async def test_nobody_waits_for_one_who_stops_reading_a_long_answer() -> None:
+    answer, cache = Long(200), a_cache()
+    slow, quick = (cache.through(a_call(), answer.produce) for _ in range(2))
+    first = await anext(slow)
+    plain = asyncio.create_task(all_of(cache.through(a_call(HELLO), answer.produce)))
+    async with asyncio.timeout(10):
+        assert contents(await all_of(quick)) == answer.text()
+        (whole,) = await plain
+    assert answer.said == 200
+    assert contents([first, *await all_of(slow)]) == answer.text()
+    assert whole[0].value.choices[0].message.content == "".join(answer.text())
+    await cache.aclose()
+
+
+async def test_an_answer_that_nobody_reads_is_not_read_from_the_upstream_either() -> None:
+    answer, cache = Long(500), a_cache()
+    readers = [cache.through(a_call(), answer.produce) for _ in range(2)]
+    first = [await anext(reader) for reader in readers]
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert answer.said < 2 * MAX_KEPT_BYTES / len(PIECE)
+    rest = await asyncio.gather(*map(all_of, readers))
+    assert [contents([one, *more]) for one, more in zip(first, rest, strict=True)] == [answer.text()] * 2
+    await cache.aclose()
+
+
+async def test_one_who_is_very_far_behind_is_waited_for() -> None:
+    answer, cache = Long(1300), a_cache()
+    slow, quick = (cache.through(a_call(), answer.produce) for _ in range(2))
+    await anext(slow)
+    reading = asyncio.create_task(all_of(quick))
+    for _ in range(5000):
+        await asyncio.sleep(0)
+    assert answer.said > MAX_BEHIND_BYTES / len(PIECE)
+    assert answer.said < (MAX_BEHIND_BYTES + 3 * MAX_KEPT_BYTES) / len(PIECE)
+    assert not reading.done()
+    await slow.aclose()
+    assert len(contents(await reading)) == 1300
+    await cache.aclose()
+
+
+async def test_who_wants_whole_what_is_very_long_has_it_generated_and_the_others_do_not_notice() -> None:
+    answer, cache = Long(1300), a_cache()
+    streaming = asyncio.create_task(all_of(cache.through(a_call(), answer.produce)))
+    await asyncio.sleep(0)
+    (whole,) = await all_of(cache.through(a_call(HELLO), answer.produce))
+    assert whole[0].value.choices[0].message.content == "Hello"
+    assert len(contents(await streaming)) == 1300
+    assert answer.said == 1300
+    await cache.aclose()

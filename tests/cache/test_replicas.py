@@ -95,6 +95,40 @@ async def test_it_goes_itself_when_the_other_comes_to_nothing(redis: RedisServer
     assert second.calls == 1
 
 
+async def test_who_waits_for_another_replica_waits_no_more_when_that_answer_is_forgotten(redis: RedisServer) -> None:
+    first, second = Stepwise(), both()
+    async with replicas(redis, first, second, wait_s=30) as (one, two):
+        leader = asyncio.create_task(one.post(STREAM))
+        await asking(first)
+        waiting = asyncio.create_task(two.post(STREAM))
+        await asyncio.sleep(0.2)
+        redis.said("HSET", "{g1:0}:c:epochs", "model:smart", "another")
+        async with asyncio.timeout(5):
+            assert state(await waiting) == "miss"
+        first.go()
+        await leader
+    assert second.calls == 1
+
+
+async def test_when_the_one_that_generates_comes_to_nothing_the_next_does_and_not_all(redis: RedisServer) -> None:
+    first, others = Stepwise(), [Stepwise() for _ in range(3)]
+    async with replicas(redis, first, *others, wait_s=30) as (one, *rest):
+        leader = asyncio.create_task(one.post(STREAM))
+        await asking(first)
+        waiting = [asyncio.create_task(house.post(STREAM)) for house in rest]
+        await asyncio.sleep(0.3)
+        leader.cancel()
+        async with asyncio.timeout(20):
+            while not sum(adapter.calls for adapter in others):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)
+            for adapter in others:
+                adapter.go()
+            responses = await asyncio.gather(*waiting)
+    assert {text_of(response, STREAM) for response in responses} == {"Hello, 世界!"}
+    assert sum(adapter.calls for adapter in others) == 1
+
+
 async def test_an_entry_under_anothers_key_is_a_miss(redis: RedisServer) -> None:
     """As after a reply that belongs to another request, or a writer that is no friend."""
     adapter = both("of another")

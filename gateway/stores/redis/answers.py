@@ -1,6 +1,7 @@
 """Kept answers in Redis: what is not there in time counts as not kept."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,10 @@ PARTITIONS = tuple(range(0, 64, 4))
 EPOCHS = 0
 PATIENCE_S = 0.25
 """How long Redis may take to connect, or to reply to what nobody waits for."""
+ALMOST = 0.8
+"""Of the time that a reply may take: so long has that of a late server been waited for, whenever it was asked."""
+
+logger = logging.getLogger("suiron")
 
 
 class RedisAnswers:
@@ -41,7 +46,7 @@ class RedisAnswers:
         self._keep = Script("keep", False)
         self._lead = Script("lead", False)
         self._follow = Script("follow", False)
-        self._late = 0
+        self._late: dict[Node, int] = {}
         self._loop: asyncio.AbstractEventLoop
         self._places: Places
         self._calls: Calls
@@ -59,10 +64,14 @@ class RedisAnswers:
 
     def _changed(self, node: Node) -> None:
         if node.open:
+            logger.warning("a Redis of the cache is left alone: %s", node.trouble)
             self._places.unwell(node)
+        else:
+            logger.warning("a Redis of the cache is back")
 
     async def read(self, key: bytes, scopes: Sequence[str]) -> Found:
-        return await self._in_time(self._read(_partition(key), key, scopes))
+        partition = _partition(key)
+        return await self._in_time(self._read(partition, key, scopes), partition, EPOCHS)
 
     async def _read(self, partition: int, key: bytes, scopes: Sequence[str]) -> Found:
         get, epochs = packed("GET", _named(partition, b"e:", key)), packed("HMGET", _EPOCHS, *scopes)
@@ -87,7 +96,8 @@ class RedisAnswers:
     async def lead(self, key: bytes, token: str, lease_s: float) -> bool:
         partition = _partition(key)
         arguments: list[bytes | int] = [token.encode(), int(lease_s * 1000)]
-        return bool(await self._in_time(self._run(partition, self._lead, [_named(partition, b"l:", key)], arguments)))
+        leads = self._run(partition, self._lead, [_named(partition, b"l:", key)], arguments)
+        return bool(await self._in_time(leads, partition))
 
     async def follow(self, key: bytes, token: str) -> None:
         partition = _partition(key)
@@ -95,26 +105,37 @@ class RedisAnswers:
 
     async def is_led(self, key: bytes) -> bool:
         partition = _partition(key)
-        return bool(await self._in_time(self._ask(partition, packed("EXISTS", _named(partition, b"l:", key)))))
+        exists = self._ask(partition, packed("EXISTS", _named(partition, b"l:", key)))
+        return bool(await self._in_time(exists, partition))
 
     async def aclose(self) -> None:
         for node in self._places.all():
             await node.aclose()
 
-    async def _in_time(self, replied: Coroutine[Any, Any, T]) -> T:
-        """Raises StoreUnavailable after `timeout_s`. A reply that comes later is dropped, and nobody else's."""
+    async def _in_time(self, replied: Coroutine[Any, Any, T], *partitions: int) -> T:
+        """
+        Raises StoreUnavailable after `timeout_s`. A reply that comes later is dropped, and nobody else's.
+
+        A server that is late so often in a row is left alone; in a cluster, only that one of those with *partitions*.
+        """
+        nodes = {self._calls.nodes[partition] for partition in partitions}
         try:
             async with asyncio.timeout(self._timeout_s):
                 reply = await replied
         except TimeoutError:
-            self._late += 1
-            if self._late >= CONSECUTIVE:
-                self._late = 0
-                for node in self._places.all():
-                    node.leave_alone(f"no answer within {self._timeout_s * 1000:.0f} ms")
+            for node in nodes:
+                if node.waits_s() >= self._timeout_s * ALMOST:
+                    self._is_late(node)
             raise StoreUnavailable("late") from None
-        self._late = 0
+        for node in nodes:
+            self._late.pop(node, None)
         return reply
+
+    def _is_late(self, node: Node) -> None:
+        times = self._late[node] = self._late.get(node, 0) + 1
+        if times >= CONSECUTIVE:
+            del self._late[node]
+            node.leave_alone(f"no answer within {self._timeout_s * 1000:.0f} ms")
 
     async def _run(self, partition: int, script: Script, keys: list[bytes], arguments: Sequence[bytes | int]) -> Any:
         return await self._ask(

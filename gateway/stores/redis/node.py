@@ -96,15 +96,19 @@ class Node:
         elif self._connecting is None:
             self._connecting = self._loop.create_task(self._connect())
 
-    def _look(self) -> None:
-        """Has anything been waiting for too long?"""
-        self._watch = None
+    def waits_s(self) -> float:
+        """How long the oldest command has been waiting for its reply; 0 where none is."""
         oldest = self._asked_since if self._asked else None
         if self._link is not None and (sent := self._link.waits_since()) is not None:
             oldest = sent if oldest is None else min(oldest, sent)
-        if oldest is None:
+        return 0.0 if oldest is None else self._loop.time() - oldest
+
+    def _look(self) -> None:
+        """Has anything been waiting for too long?"""
+        self._watch = None
+        if not (waits_s := self.waits_s()):
             return
-        left = oldest + self._timeout_s - self._loop.time()
+        left = self._timeout_s - waits_s
         if left > 0.001:
             self._watch = self._loop.call_later(left, self._look)
         else:
