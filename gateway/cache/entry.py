@@ -42,6 +42,16 @@ class Entry(Struct, array_like=True, frozen=True):
     waits_ms: list[int]
     tokens: list[int]
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether its lists fit each other."""
+        pieces = sum(len(run.cuts) for run in self.runs)
+        return (
+            pieces == len(self.waits_ms)
+            and len(self.tokens) in (0, pieces)
+            and all(sum(run.cuts) == len(run.text) and min(run.cuts, default=0) >= 0 for run in self.runs)
+        )
+
     def track(self, endpoint: Endpoint) -> Track:
         track = Track(endpoint, self.streamed)
         for run in self.runs:
@@ -98,7 +108,7 @@ def pack(entry: Entry) -> bytes:
 def unpack(stored: bytes) -> Entry | None:
     """None for what is no entry, or no longer as it was."""
     form, check, packed = stored[:1], stored[1:5], stored[5:]
-    if zlib.crc32(packed).to_bytes(4, "big") != check:
+    if form not in (PLAIN, COMPRESSED) or zlib.crc32(packed).to_bytes(4, "big") != check:
         return None
     try:
         if form == COMPRESSED:
@@ -106,6 +116,7 @@ def unpack(stored: bytes) -> Entry | None:
             packed = inflating.decompress(packed, MAX_BYTES)
             if not inflating.eof:
                 return None
-        return _DECODER.decode(packed)
+        entry = _DECODER.decode(packed)
     except (zlib.error, msgspec.MsgspecError):
         return None
+    return entry if entry.is_sound else None

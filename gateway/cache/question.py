@@ -12,7 +12,7 @@ from gateway.schema.endpoint import EMBEDDINGS, Endpoint
 from gateway.schema.payload import Payload
 from gateway.settings import Caching, Settings
 
-LAYOUT = "1"
+LAYOUT = "2"
 """Of keys and entries: another one makes all that was kept before unknown."""
 
 HOW_IT_IS_TOLD = frozenset(("stream", "stream_options"))

@@ -12,7 +12,7 @@ _INSIDE = re.compile(rb'[^"\\\x00-\x1f]*(?:\\["\\/bfnrt][^"\\\x00-\x1f]*)*')
 """The inside of a JSON string, but for `\\u`, which may be half a character."""
 
 
-class Mould(Struct, frozen=True, gc=False):
+class Mould(Struct, array_like=True, frozen=True, gc=False):
     """A valid chunk before and after its text: whatever valid text is between them, it is as valid."""
 
     before: bytes
