@@ -17,6 +17,7 @@ from gateway.cache.question import Fingerprints, is_admitted, key_of
 from gateway.cache.track import Track
 from gateway.call import Attempt, CacheState, Call
 from gateway.errors import GatewayError, NotCached, RequestError
+from gateway.models import Target
 from gateway.schema.endpoint import expected_choices, texts_in
 from gateway.schema.payload import Part, Parts
 from gateway.settings import Caching, Settings
@@ -86,9 +87,10 @@ class Cache:
             return produce(call)
         call.hits_cost = policy.hits_cost
         if control.no_store or not is_admitted(policy, call.endpoint, call.request.value):
+            if policy.mode != "off":
+                _mark(call, "bypass")
             if control.only_if_cached:
                 raise NotCached
-            _mark(call, "bypass")
             return produce(call)
         return self._answered(call, policy, control, produce)
 
@@ -100,6 +102,7 @@ class Cache:
             call.headers["age"] = str(int(max(0.0, self._now() - kept.at)))
             source = self._replayed(call, kept.track, policy)
         elif control.only_if_cached:
+            _mark(call, "miss")
             raise NotCached
         elif policy.coalesce:
             source = self._shared(question, produce)
@@ -172,8 +175,8 @@ class Cache:
         policy, call = question.policy, question.call
         if question.epochs is None or track.size_bytes > MAX_KEPT_BYTES or not is_whole(call, track):
             return
-        if attempts and attempts[-1].target.tier > lowest_tier(call):
-            return  # what only steps in for another is not to stay when that is back
+        if attempts and steps_in(call, attempts[-1].target):
+            return  # it is not to stay when the other is back
         entry = entry_of(question.key, self._now(), question.epochs, track)
         packed = await asyncio.to_thread(pack, entry) if track.size_bytes > LARGE_BYTES else pack(entry)
         if len(packed) <= policy.max_entry_bytes:
@@ -332,8 +335,11 @@ def is_whole(call: Call, track: Track) -> bool:
     return len(track.part(0).value.data) == texts_in(call.request.value.input)
 
 
-def lowest_tier(call: Call) -> int:
-    return 0 if call.model is None else min(target.tier for target in call.model.targets)
+def steps_in(call: Call, target: Target) -> bool:
+    """Whether *target* answers only where another of the model's, which can do the same, does not."""
+    if call.model is None or target.tier == min(other.tier for other in call.model.targets):
+        return False
+    return target.tier > min(other.tier for other in call.model.targets_for(call.endpoint, call.request.value))
 
 
 def told(call: Call, track: Track) -> Iterator[Parts]:

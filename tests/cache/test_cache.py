@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from gateway.errors import UpstreamFailed
-from gateway.settings import Caching
+from gateway.settings import Caching, LimitsByModel
 from tests.cache.conftest import (
     ASK_USAGE,
     STREAM,
@@ -178,11 +178,26 @@ async def test_only_if_cached_generates_nothing() -> None:
     async with keeping(adapter) as house:
         response = await house.post(**{"cache-control": "only-if-cached"})
         assert (response.status_code, response.json()["error"]["code"]) == (504, "not_cached")
+        assert response.headers["x-suiron-cache"] == "miss"
         assert adapter.calls == 0
         await house.post()
         assert await asked(house, **{"cache-control": "only-if-cached, max-age=60"}) == "hit"
     async with keeping(adapter, Caching()) as house:
         assert (await house.post(**{"cache-control": "only-if-cached"})).status_code == 504
+
+
+async def test_an_error_and_a_refusal_say_what_they_have_to_do_with_the_cache() -> None:
+    adapter = Playing(lambda _: [UpstreamFailed("no")])
+    keys = (key("poor", limits=LimitsByModel(requests_per_minute=1)),)
+    async with keeping(adapter, DETERMINISTIC, keys) as house:
+        for body, said in ((HELLO, "bypass"), (HELLO | {"seed": 1}, "miss"), (STREAM | {"seed": 1}, "miss")):
+            response = await house.post(body)
+            assert (response.status_code, response.headers["x-suiron-cache"]) == (502, said)
+        answers = [await house.post(HELLO | {"seed": 1}, **bearer("poor")) for _ in range(2)]
+        assert [response.status_code for response in answers] == [502, 429]
+        assert "x-suiron-cache" not in answers[1].headers  # it never came so far
+        text = (await house.http.get(f"{house.url}/metrics")).text
+    assert 'suiron_cache_requests_total{key="poor",model="smart",result="miss"} 1.0' in text
 
 
 async def test_max_age_0_is_no_cache() -> None:

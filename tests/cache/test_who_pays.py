@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from gateway.adapter import Features
 from gateway.errors import Overloaded
 from gateway.ledger import open_ledger
 from gateway.settings import Caching, Database, Limits, Model, Prices, Settings, Target, Upstream
-from tests.cache.conftest import STREAM, both, probed, settings_with
+from tests.cache.conftest import STREAM, Playing, answer, both, hello, probed, settings_with
 from tests.cache.test_flights import TEXT, Stepwise, reading
 from tests.house import HELLO, House, ScriptedAdapter, running
 from tests.served import until
@@ -67,6 +68,38 @@ async def test_a_hit_costs_all_the_price_of_cached_input_or_nothing(
         assert f'suiron_cache_saved_usd_total{{key="alice",model="smart"}} {saved / 1e9}' in text
 
 
+async def test_what_no_upstream_has_counted_is_counted_for_a_hit_as_well(tmp_path: Path) -> None:
+    adapter = Playing(lambda _: hello(*"Hello, you there")[:-1])
+    async with billing(priced(Caching(mode="all", hits_cost="full")), tmp_path, adapter) as house:
+        for body in (STREAM, STREAM, HELLO):
+            assert (await house.post(body)).status_code == 200
+    miss, *hits = rows(tmp_path, "usage_source, completion_tokens, cost_nano")
+    assert miss[0] == "counted"
+    assert miss[1] >= 16
+    assert [hit[0] for hit in hits] == ["counted"] * 2
+    assert hits[0] == miss
+    assert hits[1][2] > 0
+
+
+async def test_who_waits_for_the_whole_of_a_stream_pays_for_it_when_those_before_have_left(tmp_path: Path) -> None:
+    adapter = Stepwise()
+    adapter.go(2)
+    async with billing(priced(Caching(mode="all")), tmp_path, adapter) as house:
+        async with reading(house) as first:
+            await first.until('"content":"H"')
+            whole = asyncio.create_task(house.post(HELLO))
+            await asyncio.sleep(0.2)
+        await until(lambda: len(rows(tmp_path)) == 1)
+        adapter.go(6)
+        await asyncio.sleep(0.1)
+        whole.cancel()
+        await adapter.until_closed()
+        await until(lambda: len(rows(tmp_path)) == 2)
+    told = rows(tmp_path, "outcome, cache, completion_tokens")
+    assert [row[:2] for row in told] == [("client_gone", "miss")] * 2
+    assert 1 <= min(row[2] for row in told) < max(row[2] for row in told)
+
+
 async def test_of_those_who_share_one_pays_and_another_when_that_one_leaves(tmp_path: Path) -> None:
     adapter = Stepwise()
     adapter.go(2)
@@ -115,16 +148,36 @@ async def test_hits_count_against_limits_of_requests(tmp_path: Path) -> None:
     assert statuses == [200, 200, 200, 429]
 
 
-async def test_what_stands_in_for_another_target_is_not_kept() -> None:
-    first, second = ScriptedAdapter(Overloaded("full")), both()
+def tiered() -> Settings:
     targets = [Target(upstream="one"), Target(upstream="two", tier=1)]
-    base = settings_with()
-    settings = Settings(
-        auth=base.auth,
+    return Settings(
+        auth=settings_with().auth,
         upstreams={name: Upstream(adapter="scripted") for name in ("one", "two")},
         models={"smart": Model(targets=targets, cache=Caching(mode="all"))},
     )
-    async with running(settings, {"one": first, "two": second}) as house:
+
+
+class Blind(Playing):
+    """Sees no pictures."""
+
+    def features(self, model: str) -> Features:
+        return Features(vision=False)
+
+
+async def test_what_only_a_target_of_a_higher_tier_can_do_is_kept() -> None:
+    first, second = Blind(lambda _: [[answer()]]), both()
+    picture = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+    body = HELLO | {"messages": [{"role": "user", "content": picture}]}
+    async with running(tiered(), {"one": first, "two": second}) as house:
+        await probed(house)
+        states = [(await house.post(body)).headers["x-suiron-cache"] for _ in range(2)]
+    assert states == ["miss", "hit"]
+    assert (first.calls, second.calls) == (0, 1)
+
+
+async def test_what_stands_in_for_another_target_is_not_kept() -> None:
+    first, second = ScriptedAdapter(Overloaded("full")), both()
+    async with running(tiered(), {"one": first, "two": second}) as house:
         for _ in range(2):
             assert (await house.post(HELLO)).headers["x-suiron-cache"] == "miss"
     assert second.calls == 2
