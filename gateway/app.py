@@ -76,6 +76,7 @@ def create_app(
     telemetry.metrics.targets = router.standings
     fingerprints = Fingerprints(settings)
     cache = Cache(settings, _answers(settings), fingerprints)
+    telemetry.metrics.watch("cache", cache.counts)
     pipeline = Pipeline(models, ledger, limiter, cache, router, tokens)
     upkeep = Upkeep(limiter, store, ledger, tokens)
     shutdown = shutdown or Shutdown()

@@ -22,6 +22,8 @@ STREAM_HEADERS: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+PRIVATE = (b"cache-control", b"no-store")
+"""Nobody between here and the client may keep an answer, however old it says it is."""
 
 
 class Hangup:
@@ -71,7 +73,7 @@ class Answer:
         except Exception as exc:
             await self.refuse(unexpected(exc), send)
         else:
-            await send(self.start([JSON, (b"content-length", b"%d" % len(body))]))
+            await send(self.start([JSON, PRIVATE, (b"content-length", b"%d" % len(body))]))
             await send({"type": "http.response.body", "body": body, "more_body": False})
             self.completed()
 

@@ -39,6 +39,17 @@ LARGE_BYTES = 64 * 1024
 JITTER = 0.1
 """By how much of their time entries end early, each by another share, so that they do not all end at once."""
 POLL_S = 0.1
+WRONG_KEY = "it answers another question"
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """What the cache has been through, for metrics: plain numbers that only grow."""
+
+    kept: int = 0
+    kept_bytes: int = 0
+    spoiled: int = 0
+    unavailable: int = 0
 
 
 class Cache:
@@ -59,6 +70,7 @@ class Cache:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self.counts = CacheCounts()
         self._models = {name: model.cache for name, model in settings.models.items()}
         self._keys = {key.name: key.cache for key in settings.auth.keys if key.cache is not None}
         self._wait_s = settings.cache.wait_s
@@ -123,17 +135,17 @@ class Cache:
         try:
             found = await self._store.read(question.key, question.scopes)
         except StoreUnavailable:
+            self.counts.unavailable += 1
             return None
         question.epochs = found.epochs
         if found.entry is None:
             return None
         entry = unpack(found.entry)
-        if entry is None or entry.epochs != found.epochs:
+        if entry is None or entry.key != question.key:
+            self.counts.spoiled += 1
+            logger.error("an entry of the cache was not used: %s", "it is spoiled" if entry is None else WRONG_KEY)
             return None
-        if entry.key != question.key:
-            logger.error("the cache gave an entry for another key: it was not used")
-            return None
-        return Kept(entry.at, entry.track(question.call.endpoint))
+        return None if entry.epochs != found.epochs else Kept(entry.at, entry.track(question.call.endpoint))
 
     def _may_be_given(self, kept: "Kept", question: "Question") -> bool:
         control = question.control
@@ -183,6 +195,8 @@ class Cache:
             ttl_s = policy.ttl_s * (1 - JITTER * question.key[0] / 255)
             with suppress(StoreUnavailable):
                 await self._store.write(question.key, packed, ttl_s)
+                self.counts.kept += 1
+                self.counts.kept_bytes += len(packed)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -45,6 +45,7 @@ async def test_the_second_time_it_is_a_hit_and_costs_no_generation() -> None:
         first, second = await house.post(), await house.post()
     assert (state(first), state(second)) == ("miss", "hit")
     assert "age" not in first.headers
+    assert {response.headers["cache-control"] for response in (first, second)} == {"no-store"}
     assert second.headers["age"] == "0"
     assert adapter.calls == 1
     given = [response.json() for response in (first, second)]

@@ -143,6 +143,9 @@ async def test_an_entry_under_anothers_key_is_a_miss(redis: RedisServer) -> None
         for seed in (1, 2):
             assert state(await house.post(HELLO | {"seed": seed})) == "miss"
             assert state(await house.post(HELLO | {"seed": seed})) == "hit"
+        metrics = (await house.http.get(f"{house.url}/metrics")).text
+    assert "suiron_cache_spoiled_total 2.0" in metrics
+    assert "suiron_cache_kept_total 4.0" in metrics
 
 
 async def test_an_entry_that_is_spoiled_is_a_miss(redis: RedisServer) -> None:
