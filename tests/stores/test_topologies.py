@@ -140,12 +140,13 @@ def replicated(master: RedisServer) -> bool:
 
 
 @contextmanager
-def cluster() -> Iterator[list[RedisServer]]:
+def cluster(replicas: int = 0) -> Iterator[list[RedisServer]]:
+    """Three masters, and *replicas* of each."""
     options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
     with ExitStack() as running:
-        nodes = [running.enter_context(redis_server(*options)) for _ in range(3)]
+        nodes = [running.enter_context(redis_server(*options)) for _ in range(3 * (1 + replicas))]
         addresses = [f"127.0.0.1:{node.port}" for node in nodes]
-        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", "0", "--cluster-yes"]
+        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-replicas", str(replicas), "--cluster-yes"]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
         give_up = time.monotonic() + 30
         while not all(b"cluster_state:ok" in node.said("CLUSTER", "INFO") for node in nodes):

@@ -117,16 +117,30 @@ def _always(address: Address) -> Callable[[], Awaitable[Address]]:
 def _asking_sentinel(where: Where, master: str, timeout_s: float) -> Callable[[], Awaitable[Address]]:
     options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
 
-    async def find() -> Address:
-        sentinel = Sentinel(where.addresses, **options)  # type: ignore[no-untyped-call]
+    async def ask(address: Address) -> Address:
+        sentinel = Sentinel([address], **options)  # type: ignore[no-untyped-call]
         try:
             host, port = await sentinel.discover_master(master)
-        except RedisError as exc:
-            raise StoreUnavailable(f"Sentinel: {exc}") from None
         finally:
             for client in sentinel.sentinels:
                 await client.aclose()
         return str(host), int(port)
+
+    async def find() -> Address:
+        """As the first one says that answers: one that hangs would take all the time there is."""
+        asking = [asyncio.ensure_future(ask(address)) for address in where.addresses]
+        trouble: Exception = RedisError("there is none")
+        try:
+            for told in asyncio.as_completed(asking):
+                try:
+                    return await told
+                except RedisError as exc:
+                    trouble = exc
+            raise StoreUnavailable(f"Sentinel: {trouble}")
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
     return find
 
