@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 from redis.crc import key_slot
 
 from gateway.settings import Answers, Auth
-from gateway.stores.redis.answers import EPOCHS, PARTITIONS
+from gateway.stores import StoreUnavailable
+from gateway.stores.redis.answers import EPOCHS, PARTITIONS, RedisAnswers
+from gateway.stores.redis.node import CONSECUTIVE
 from gateway.stores.redis.places import tag
 from tests.cache.conftest import both, probed, settings_with
 from tests.cache.test_admin import ADMIN, forget
@@ -105,6 +107,22 @@ async def test_what_a_cluster_keeps_is_given_by_all_and_forgotten_by_all_while_s
                 assert (await forget(one, query)).status_code == 200
                 assert await ask(two, 1) == "miss", query
                 assert await ask(one, 1) == "hit", query
+
+
+async def test_of_a_cluster_only_the_server_that_is_late_is_left_alone() -> None:
+    with cluster() as nodes:
+        store = RedisAnswers(url_of(nodes), None, 0.05, 2**20)
+        await store.start()
+        names = {owner: next(p for p in PARTITIONS if owner_of(nodes, p) is owner) for owner in nodes}
+        frozen = next(node for node in nodes if node is not owner_of(nodes, EPOCHS))
+        frozen.freeze()
+        for _ in range(2 * CONSECUTIVE):
+            for partition in names.values():
+                with suppress(StoreUnavailable):
+                    await store.read(bytes([PARTITIONS.index(partition)]) + bytes(31), ("all",))
+        left_alone = {partition for partition in names.values() if store._places.nodes[partition].open}
+        assert left_alone == {names[frozen]}
+        await store.aclose()
 
 
 @pytest.mark.parametrize("fail", [RedisServer.freeze, RedisServer.kill])

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from redis import Redis
 from redis.crc import key_slot
 
 from gateway.stores import Costs, Lease, Plan, Quota, Reservation, StoreUnavailable, Window
@@ -212,9 +213,10 @@ def move(nodes: list[RedisServer], slot: int, target: RedisServer) -> None:
         return
     target.said("CLUSTER", "SETSLOT", str(slot), "IMPORTING", names[owner])
     owner.said("CLUSTER", "SETSLOT", str(slot), "MIGRATING", names[target])
-    while b"{" in (keys := owner.said("CLUSTER", "GETKEYSINSLOT", str(slot), "3")):
-        for key in re.findall(rb"{\S+", keys):
-            owner.said("MIGRATE", "127.0.0.1", str(target.port), key.decode(), "0", "5000")
+    with Redis(port=owner.port) as client:
+        while keys := client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 3):
+            for key in keys:
+                assert client.execute_command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000) in (b"OK", b"NOKEY")
     for node in (target, owner, *nodes):
         node.said("CLUSTER", "SETSLOT", str(slot), "NODE", names[target])
 
