@@ -314,7 +314,7 @@ async def test_the_base_url_is_the_root_or_its_v1_and_a_probe_tells_the_limits(s
     facts = await adapter.probe()
     await adapter.aclose()
 
-    known = ModelFacts(id="org/small", context_tokens=128)
+    known = ModelFacts(id="org/small", context_tokens=128, revision="5f91d94")
     assert (facts.kind, facts.version, list(map(_known, facts.models))) == ("TGI", "3.3.6", [known])
 
 
