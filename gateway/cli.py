@@ -71,6 +71,7 @@ def serve(config: Path | None, backend: str | None, model: str | None, host: str
         else:
             faults.clear()
             assert listener is not None
+            log.flush()
             _say_ready(_at(settings, listener), findings)
 
     try:
@@ -336,7 +337,6 @@ Suiron {__version__} is ready.
   Prices    {prices}
   Health    {base_url.removesuffix("/v1")}/health/ready
 {_upstreams(findings)}
-
 Try it (pip install openai):
 
 from openai import OpenAI

@@ -528,6 +528,15 @@ async def test_a_code_that_an_upstream_made_up_is_not_repeated(tmp_path: Path) -
     assert " 400 client_error invalid_request_error " in line
 
 
+def test_what_goes_out_elsewhere_can_wait_for_the_log(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as file:
+        log = Log(file.fileno(), "text")
+        log.put(logging.makeLogRecord({"msg": "loading: 100 %"}))
+        log.flush()
+        assert (tmp_path / "log").read_text() == "loading: 100 %\n"
+        log.close()
+
+
 async def test_requests_go_on_where_nobody_reads_the_log_and_what_is_lost_is_counted() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

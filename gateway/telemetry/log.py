@@ -40,7 +40,7 @@ class Log:
         self._fd = fd
         self._render = {"json": json_line, "text": text_line}[format]
         self._capacity = capacity
-        self._lines: deque[Said] = deque()
+        self._lines: deque[Said | threading.Event] = deque()
         self._some = threading.Event()
         self._closing = threading.Event()
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
@@ -54,6 +54,13 @@ class Log:
         if not self._some.is_set():
             self._some.set()
 
+    def flush(self) -> None:
+        """Waits a moment for what was put so far to be written, so that what goes out elsewhere comes after it."""
+        written = threading.Event()
+        self._lines.append(written)
+        self._some.set()
+        written.wait(CLOSE_S)
+
     def close(self) -> None:
         """Waits a moment for what is still to be written."""
         self._closing.set()
@@ -65,15 +72,18 @@ class Log:
             self._some.wait()
             self._closing.wait(TOGETHER_S)
             self._some.clear()
-            block = b"".join([self._rendered(self._lines.popleft()) for _ in range(len(self._lines))])
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
             try:
-                _write_all(self._fd, block)
+                _write_all(self._fd, b"".join(map(self._rendered, lines)))
             except OSError:  # the other side is gone; this has nowhere to be told
                 self.dropped()
+            for line in lines:
+                if isinstance(line, threading.Event):
+                    line.set()
 
-    def _rendered(self, said: Said) -> bytes:
+    def _rendered(self, said: Said | threading.Event) -> bytes:
         try:
-            return self._render(said)
+            return b"" if isinstance(said, threading.Event) else self._render(said)
         except Exception:  # one line less is better than none any more
             self.dropped()
             return b""
