@@ -43,8 +43,8 @@ def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> Usag
         record.ttft_ms = int((first_at - started) * 1000)
     record.total_ms = int((call.clock() - started) * 1000)
     expected = record.prompt_tokens
-    was_given = exc is None or not isinstance(exc, GatewayError) or (first_at is not None and not _was_refused(call))
-    usage = call.usage if was_given else None
+    given = _was_given(call, exc)
+    usage = call.usage if given else None
     if usage is None:
         record.prompt_tokens = 0
         record.usage_source = "none"
@@ -54,15 +54,17 @@ def complete(call: Call, record: UsageRecord, exc: BaseException | None) -> Usag
     _charge(record, call.hits_cost if hit else "full")
     if call.attempts:
         record.target = call.attempts[-1].target.label
-        delivered = call.attempts[-1] if was_given and first_at is not None else None
+        delivered = call.attempts[-1] if given and first_at is not None else None
         record.attempts = _told(call, record, delivered, Usage(prompt_tokens=record.prompt_tokens or expected))
     call.saved_nano = record.saved_nano
     return record
 
 
-def _was_refused(call: Call) -> bool:
-    """Whether its client was sent an error instead of an answer, although an upstream had begun one."""
-    return call.status is not None and call.status >= 400
+def _was_given(call: Call, exc: BaseException | None) -> bool:
+    """Whether there is something to pay: not where an upstream failed before it said anything, or was not passed on."""
+    if not isinstance(exc, GatewayError):
+        return True
+    return call.first_at is not None and (call.status is None or call.status < 400)
 
 
 def _count_in(record: UsageRecord, usage: Usage) -> None:
