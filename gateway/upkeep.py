@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -22,27 +23,44 @@ Sleep = Callable[[float], Awaitable[object]]
 
 
 class Upkeep:
-    """Background work on a store and a ledger: heartbeats, and what replicas that died have left behind."""
+    """
+    Background work on a store and a ledger: heartbeats, and what replicas that died have left behind.
+
+    *clock* is the wall clock: only that goes on while a machine sleeps.
+    """
 
     def __init__(
-        self, limiter: Limiter, store: LimitStore, ledger: Ledger, tokens: Tokens, *, sleep: Sleep = asyncio.sleep
+        self,
+        limiter: Limiter,
+        store: LimitStore,
+        ledger: Ledger,
+        tokens: Tokens,
+        *,
+        sleep: Sleep = asyncio.sleep,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._limiter = limiter
         self._tokens = tokens
         self._store = store
         self._ledger = ledger
         self._sleep = sleep
+        self._clock = clock
 
     async def beat(self) -> None:
-        """Every 10 s, and as soon as the store is back: what it has lost is made anew. The journal, every second."""
-        due, was_there = 0, True
+        """
+        Every 10 s, and as soon as the store is back: what it has lost is made anew. The journal, every second.
+
+        At once where this process has stood still.
+        """
+        due_s, was_there = 0.0, True
         while True:
+            began = self._clock()
             await self._sleep(TICK_S)
             self._ledger.beat(self._tokens.generated)
             is_there = self._store.available
-            due -= 1
-            if is_there and (due <= 0 or not was_there):
-                due = BEAT_S
+            due_s -= max(TICK_S, self._clock() - began)
+            if is_there and (due_s <= 0 or not was_there):
+                due_s = BEAT_S
                 try:
                     await self._limiter.beat()
                 except StoreUnavailable:
@@ -61,7 +79,8 @@ class Upkeep:
 
     async def _sweep(self) -> None:
         for reservation in await self._store.overdue():
-            await self._finish(reservation)
+            if not self._limiter.keeps(reservation.request_id):  # else it was this process that stood still
+                await self._finish(reservation)
         if strays := await self._store.strays():
             self._store.recorded(await self._ledger.ingest([stray.event for stray in strays]))
 

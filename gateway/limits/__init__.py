@@ -104,6 +104,10 @@ class Limiter:
         event = encode(record) if self._records and record is not None else b""
         self._store.settle(reservation, actual, exact=exact, event=event)
 
+    def keeps(self, request_id: str) -> bool:
+        """Whether that request is under way here."""
+        return request_id.removeprefix("req_") in self._under_way
+
     async def beat(self) -> None:
         """Keep up what is under way: to be called every 10 s. Raises StoreUnavailable."""
         reservations = []

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 
 from gateway.database.record import UsageRecord, decode, encode
+from gateway.errors import RateLimited
 from gateway.ledger import Ledger
 from gateway.limits import Limiter
-from gateway.settings import Settings
+from gateway.settings import Limits, Model, Settings, Target
 from gateway.stores import Costs, Plan, Reservation
 from gateway.stores.memory import MemoryStore
 from gateway.tokens import Tokens
 from gateway.upkeep import Upkeep
+from tests.ledger.calls import a_call
 from tests.served import until
 
 pytestmark = pytest.mark.anyio
@@ -85,3 +87,49 @@ async def test_one_that_cannot_be_read_does_not_hold_up_the_others() -> None:
     store = await swept(*left)
     assert store.settled["req_1"] == (Costs(500), False, b"")
     assert decode(store.settled["req_2"][2]).outcome == "abandoned"
+
+
+ONE_AT_A_TIME = Settings(models={"smart": Model(targets=[Target(upstream="up")])}, limits=Limits(concurrent_requests=1))
+
+
+class Machine:
+    """A clock, and a sleep that lasts as long as it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_800_000_000.0
+        self.naps: asyncio.Queue[float] = asyncio.Queue()
+        self.waiting = asyncio.Event()
+
+    async def sleep(self, _: float) -> None:
+        self.waiting.set()
+        self.now_s += await self.naps.get()
+
+    async def naps_for(self, seconds: float) -> None:
+        """Until what it wakes is asleep again."""
+        await self.waiting.wait()
+        self.waiting.clear()
+        self.naps.put_nowait(seconds)
+        await self.waiting.wait()
+
+
+@pytest.mark.parametrize("work", ["beat", "sweep"])
+async def test_a_process_that_stood_still_does_not_give_its_own_requests_up(work: str) -> None:
+    machine, ledger, tokens = Machine(), Ledger(), Tokens(ONE_AT_A_TIME)
+    store = MemoryStore(ledger.used, lambda: int(machine.now_s * 1000))
+    limiter = Limiter(ONE_AT_A_TIME, store, tokens, ledger.used)
+    upkeep = Upkeep(limiter, store, ledger, tokens, sleep=machine.sleep, clock=lambda: machine.now_s)
+    first = a_call()
+    await limiter.admit(first, Costs(100))
+
+    async with asyncio.TaskGroup() as group:
+        upkept = group.create_task(getattr(upkeep, work)())
+        for seconds in (1, 1, 60):
+            await machine.naps_for(seconds)
+        upkept.cancel()
+
+    if work == "beat":  # its lease would have ended long ago
+        with pytest.raises(RateLimited):
+            await limiter.admit(a_call(), Costs(100))
+    assert [each.request_id for each in await store.overdue()] == ([] if work == "beat" else [f"req_{first.id}"])
+    limiter.settle(first, None)
+    await limiter.admit(a_call(), Costs(100))
