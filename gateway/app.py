@@ -60,82 +60,109 @@ def create_app(
     *clock* is for what is remembered of upstreams.
     Raises SettingsError where the configuration would let strangers in.
     """
-    keyring = _keyring(settings)
-    telemetry = telemetry or Telemetry(settings)
     if adapters is None:
         adapters = load_adapters(settings)
-    models = Models(settings, adapters)
     ledger = ledger or open_ledger(settings.database, alone=settings.has_limits and settings.store.url is None)
     store = store or _store(settings, ledger)
-    ledger.committed = store.recorded
-    telemetry.metrics.watch("store", store.counts)
-    telemetry.metrics.watch("ledger", ledger.counts)
-    tokens = Tokens(settings)
-    limiter = Limiter(settings, store, tokens, ledger.used, records=settings.store.url is not None)
-    router = Router(settings.upstreams, telemetry.metrics, clock=clock)
-    telemetry.metrics.targets = router.standings
-    fingerprints = Fingerprints(settings)
-    cache = Cache(settings, _answers(settings), fingerprints)
-    telemetry.metrics.watch("cache", cache.counts)
-    pipeline = Pipeline(models, ledger, limiter, cache, router, tokens)
-    upkeep = Upkeep(limiter, store, ledger, tokens)
-    shutdown = shutdown or Shutdown()
-    readiness = Readiness(shutdown)
+    parts = _Parts(
+        settings, adapters, telemetry or Telemetry(settings), ledger, store, shutdown or Shutdown(), on_ready, clock
+    )
+    return parts.app()
 
-    def on_found(name: str, facts: UpstreamFacts) -> None:
-        tokens.probed(name, facts)
-        fingerprints.found(name, facts)
 
-    discovery = Discovery(adapters, on_found)
+class _Parts:
+    """What one gateway is made of, and when each part works."""
 
-    async def ask() -> None:
-        findings = await discovery.first()
-        await tokens.loaded()  # making an encoding keeps the interpreter for half a second
-        readiness.loading = False
-        readiness.broken = any(isinstance(finding, CannotLoad) for finding in findings.values())
-        on_ready(findings)
-        await supervised("asking upstreams what they are", discovery.keep_up)
+    def __init__(
+        self,
+        settings: Settings,
+        adapters: Mapping[str, Adapter],
+        telemetry: Telemetry,
+        ledger: Ledger,
+        store: LimitStore,
+        shutdown: Shutdown,
+        on_ready: Callable[[Findings], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._adapters = adapters
+        self._telemetry = telemetry
+        self._ledger = ledger
+        self._store = store
+        self._shutdown = shutdown
+        self._on_ready = on_ready
+        self._keyring = _keyring(settings)
+        self._models = Models(settings, adapters)
+        self._tokens = Tokens(settings)
+        self._fingerprints = Fingerprints(settings)
+        self._cache = Cache(settings, _answers(settings), self._fingerprints)
+        limiter = Limiter(settings, store, self._tokens, ledger.used, records=settings.store.url is not None)
+        router = Router(settings.upstreams, telemetry.metrics, clock=clock)
+        self._pipeline = Pipeline(self._models, ledger, limiter, self._cache, router, self._tokens)
+        self._upkeep = Upkeep(limiter, store, ledger, self._tokens)
+        self._readiness = Readiness(shutdown)
+        self._discovery = Discovery(adapters, self._found)
+        ledger.committed = store.recorded
+        telemetry.metrics.targets = router.standings
+        for name, counts in {"store": store.counts, "ledger": ledger.counts, "cache": self._cache.counts}.items():
+            telemetry.metrics.watch(name, counts)
+
+    def app(self) -> ASGIApp:
+        generating = generation_apps(
+            self._keyring, self._pipeline, self._settings.server, self._shutdown, self._telemetry
+        )
+        litestar = Litestar(
+            [
+                *(asgi(path, copy_scope=False)(answer) for path, answer in generating.items()),
+                *model_routes(self._keyring, self._models),
+                *health_routes(self._readiness),
+                *metrics_routes(self._keyring, self._telemetry.metrics, self._settings.telemetry),
+                *cache_routes(self._keyring, self._cache),
+                *page_routes(),
+            ],
+            exception_handlers=EXCEPTION_HANDLERS,
+            lifespan=[self._lifespan],
+            openapi_config=None,
+            logging_config=None,
+        )
+        app = Shortcut(Named(litestar), generating)
+        origins = self._settings.server.cors.origins
+        return CORS(app, origins) if origins else app
 
     @asynccontextmanager
-    async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        tokens.load()
-        await store.start()
-        await cache.start()
+    async def _lifespan(self, _: Litestar) -> AsyncIterator[None]:
+        self._tokens.load()
+        await self._store.start()
+        await self._cache.start()
         background = [
-            asyncio.create_task(ask()),
-            asyncio.create_task(supervised("keeping up reservations", upkeep.beat)),
-            asyncio.create_task(supervised("sweeping up after other replicas", upkeep.sweep)),
+            asyncio.create_task(self._ask()),
+            asyncio.create_task(supervised("keeping up reservations", self._upkeep.beat)),
+            asyncio.create_task(supervised("sweeping up after other replicas", self._upkeep.sweep)),
         ]
         try:
-            async with telemetry.running(), ledger.running():
+            async with self._telemetry.running(), self._ledger.running():
                 yield
         finally:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
-            await cache.aclose()
-            await store.aclose()
-            tokens.close()
-            await asyncio.gather(*(adapter.aclose() for adapter in adapters.values()))
+            await self._cache.aclose()
+            await self._store.aclose()
+            self._tokens.close()
+            await asyncio.gather(*(adapter.aclose() for adapter in self._adapters.values()))
 
-    generating = generation_apps(keyring, pipeline, settings.server, shutdown, telemetry)
-    litestar = Litestar(
-        [
-            *(asgi(path, copy_scope=False)(answer) for path, answer in generating.items()),
-            *model_routes(keyring, models),
-            *health_routes(readiness),
-            *metrics_routes(keyring, telemetry.metrics, settings.telemetry),
-            *cache_routes(keyring, cache),
-            *page_routes(),
-        ],
-        exception_handlers=EXCEPTION_HANDLERS,
-        lifespan=[lifespan],
-        openapi_config=None,
-        logging_config=None,
-    )
-    app = Shortcut(Named(litestar), generating)
-    origins = settings.server.cors.origins
-    return CORS(app, origins) if origins else app
+    async def _ask(self) -> None:
+        """Asks upstreams what they are; once all have been, the gateway is ready."""
+        findings = await self._discovery.first()
+        await self._tokens.loaded()  # making an encoding keeps the interpreter for half a second
+        self._readiness.loading = False
+        self._readiness.broken = any(isinstance(finding, CannotLoad) for finding in findings.values())
+        self._on_ready(findings)
+        await supervised("asking upstreams what they are", self._discovery.keep_up)
+
+    def _found(self, name: str, facts: UpstreamFacts) -> None:
+        self._tokens.probed(name, facts)
+        self._fingerprints.found(name, facts)
 
 
 def load_adapters(settings: Settings) -> dict[str, Adapter]:
