@@ -1,26 +1,18 @@
-"""
-What is an adapter?
-
-An adapter speaks one upstream's dialect; everything outside it speaks OpenAI's. This module is the waist of the gateway
-and its only door to the HTTP client.
-"""
+"""How is an upstream reached over HTTP? All the I/O of its exchanges; what is said in them is for the dialects."""
 
 import asyncio
-import importlib
-import pkgutil
-import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import httpx2
 import msgspec
 from msgspec import Struct
 
 from gateway import __version__, errors
+from gateway.adapter.patience import Events, Patience
+from gateway.adapter.waist import Dispatch, Features, ModelFacts, UpstreamFacts
 from gateway.faults import Fault, read_fault, told_wait, upstream_error
-from gateway.interrupt import Interrupt
 from gateway.schema.chat import ChatRequest
 from gateway.schema.common import Usage
 from gateway.schema.completions import CompletionRequest
@@ -28,14 +20,13 @@ from gateway.schema.embeddings import EmbeddingRequest
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, Endpoint
 from gateway.schema.mould import Mould
 from gateway.schema.payload import NULL, Part, Parts, Payload, speaks
-from gateway.settings import SettingsError, Timeouts, Upstream
-from gateway.sse import Event, EventReader
+from gateway.settings import SettingsError, Upstream
+from gateway.sse import Event
 from gateway.transport import Transport
 from gateway.transport.asking import Preamble, RawHeaders, Request
 from gateway.transport.exchange import Response
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
-MAX_EVENT_BYTES = 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 WRITE_S = 30.0
 POOL_S = 5.0
@@ -47,106 +38,6 @@ ASKS_NOTHING = frozenset(
 """Fields that ask nothing of the answer: they are for this gateway, and stay here."""
 
 JSON = (b"content-type", b"application/json")
-
-
-class Dispatch(Struct, frozen=True, gc=False):
-    """
-    What an adapter is told beside the request.
-
-    `model` is the upstream's name for it, `tenant` a hash; `deadline` is on `time.monotonic`, the event loop's clock;
-    `traceparent` is W3C's, None where nothing is traced.
-    """
-
-    model: str
-    request_id: str
-    attempt: int
-    tenant: str
-    deadline: float
-    timeouts: Timeouts
-    traceparent: str | None = None
-
-
-class Features(Struct, frozen=True, kw_only=True):
-    """
-    What a model can do at this upstream; None where nobody knows before it is asked.
-
-    `vision`, `audio` and `files` are content parts that it takes; `usage_on_abort`, that the tokens of a stream that is
-    cut short are known exactly.
-    """
-
-    tools: bool | None = None
-    logprobs: bool | None = None
-    json_schema: bool | None = None
-    vision: bool | None = None
-    audio: bool | None = None
-    files: bool | None = None
-    usage_on_abort: bool | None = None
-
-    def joined(self, other: "Features") -> "Features":
-        """With what *other* knows more or better."""
-        known = {name: value for name, value in msgspec.structs.asdict(other).items() if value is not None}
-        return msgspec.structs.replace(self, **known)
-
-
-class ModelFacts(Struct, frozen=True, kw_only=True):
-    """
-    `context_tokens` is None where the upstream does not tell. `revision` is whatever tells one model from another that
-    goes by the same name: where its files lie, or their digest; None where nobody tells.
-    """
-
-    id: str
-    owned_by: str = ""
-    context_tokens: int | None = None
-    revision: str | None = None
-    features: Features = Features()
-
-
-class Repair(Struct, frozen=True):
-    """A deviation from OpenAI that a dialect puts right: in words, and the golden of the dialect that proves it."""
-
-    says: str
-    golden: str
-
-
-class UpstreamFacts(Struct, frozen=True, kw_only=True):
-    """
-    What a probe found out: `kind` is a name to print; `max_concurrent`, how many requests it takes at a time, where it
-    tells; `repairs`, what its adapter puts right of its deviations.
-    """
-
-    kind: str
-    version: str | None = None
-    max_concurrent: int | None = None
-    models: list[ModelFacts] = []
-    repairs: tuple[Repair, ...] = ()
-
-
-class Adapter(Protocol):
-    """
-    An adapter serves an endpoint by having its method: `chat`, `complete` or `embed`, all of this one shape::
-
-        def chat(self, request: Payload[ChatRequest], dispatch: Dispatch) -> AsyncGenerator[Parts]
-
-    Many chunks if the request asks for a stream, else one completion, in OpenAI's shape; `id`, `created`, `model` and
-    `object` may be left out, since `gateway/stream.py` mints them. Parts that arrived together come in one list.
-    Raises UpstreamError, or InvalidRequest for what this target cannot honour; before the first part, another target
-    may be tried. Closing the generator cancels the generation.
-
-    One that can tell how many tokens the prompt of such a request has may do so, without an answer to it::
-
-        async def count(self, endpoint: Endpoint, request: Payload[Any], model: str) -> int
-
-    *model* is the upstream's name for it. Raises a GatewayError where that cannot be told.
-    """
-
-    extra_fields: frozenset[str]
-    """Parameters beyond OpenAI's that this upstream honours."""
-
-    async def probe(self) -> UpstreamFacts:
-        """What the upstream is; waits for a local model to load. Raises UpstreamError."""
-        ...
-
-    async def aclose(self) -> None: ...
 
 
 class _Listed(Struct):
@@ -367,7 +258,7 @@ class HTTPAdapter:
             try:
                 answer_headers = await self._refuse(response, streamed)
                 if streamed:
-                    events = _Events(response, patience, dispatch.timeouts.idle_s)
+                    events = Events(response, patience, dispatch.timeouts.idle_s)
                     parts = self.decode_stream(endpoint, request, events)
                     try:
                         async for arrived in parts:
@@ -436,103 +327,6 @@ async def until_done(events: AsyncIterator[list[Event]], read: Callable[[bytes],
                 yield parts
 
 
-class Patience:
-    """
-    How long one exchange may wait, and what its failures are called.
-
-    Between `allow` and `rest` the upstream is being waited for; the time that a slow client takes does not count. One
-    timer, armed anew only when it rings early, costs a tenth of `asyncio.timeout` around every wait. Leaving the
-    context translates the HTTP client's exceptions, and this is the only place that does.
-    """
-
-    def __init__(self, deadline: float) -> None:
-        self._interrupt = Interrupt()
-        self._loop = self._interrupt.loop
-        self._deadline = deadline
-        self._until: float | None = None
-        self._latest = deadline
-        self._timer: asyncio.TimerHandle | None = None
-
-    def allow(self, seconds: float) -> None:
-        self._latest = min(self._loop.time() + seconds, self._deadline)
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Waiting again, for no longer than was allowed last."""
-        self._until = until = self._latest
-        if self._timer is None or self._timer.when() > until:
-            self._arm(until)
-
-    def rest(self) -> None:
-        self._until = None
-
-    def _arm(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._ring)
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self._until is None:
-            return
-        if self._loop.time() < self._until:
-            self._arm(self._until)
-        else:
-            self._interrupt.ring()
-
-    def __enter__(self) -> "Patience":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> None:
-        self._until = None
-        if self._timer is not None:
-            self._timer.cancel()
-        if exc is None:
-            return
-        if self._interrupt.caused(exc):
-            raise errors.UpstreamTimeout("The upstream took too long to answer.") from exc
-        if isinstance(exc, httpx2.ConnectTimeout | httpx2.ConnectError | ssl.SSLError):
-            raise errors.UpstreamUnreachable("The upstream could not be reached.") from exc
-        if isinstance(exc, httpx2.PoolTimeout):
-            raise errors.Overloaded("All connections to the upstream are in use. Try again later.") from exc
-        if isinstance(exc, httpx2.TimeoutException):
-            raise errors.UpstreamTimeout("The upstream took too long to answer.") from exc
-        if isinstance(exc, httpx2.TransportError):
-            raise errors.UpstreamFailed("The upstream broke off before its answer was complete.") from exc
-        if isinstance(exc, msgspec.MsgspecError | RecursionError | UnicodeDecodeError):
-            raise errors.UpstreamFailed("The upstream's answer could not be understood.") from exc
-
-
-class _Events:
-    """
-    The events of a response, those that arrived together in one list.
-
-    Patience counts complete events: neither comments nor half an event prove that a generation goes on. Until `begun`,
-    with the first content, they are all in the time for the first token.
-    """
-
-    def __init__(self, response: httpx2.Response, patience: Patience, idle_s: float) -> None:
-        assert isinstance(response.stream, httpx2.AsyncByteStream)
-        self.begun = False
-        self._blocks = aiter(response.stream)
-        self._reader = EventReader(MAX_EVENT_BYTES)
-        self._patience = patience
-        self._idle_s = idle_s
-
-    def __aiter__(self) -> "_Events":
-        return self
-
-    async def __anext__(self) -> list[Event]:
-        if self.begun:
-            self._patience.allow(self._idle_s)
-        else:
-            self._patience.go_on()
-        while True:
-            if events := self._reader.feed(await anext(self._blocks)):
-                self._patience.rest()
-                return events
-
-
 async def _read(response: httpx2.Response, limit: int) -> bytes:
     body = await _read_some(response, limit)
     if len(body) > limit:
@@ -550,23 +344,3 @@ async def _read_some(response: httpx2.Response, limit: int) -> bytes:
         if limit < 0:
             break
     return b"".join(blocks)
-
-
-def load_adapter(upstream: Upstream) -> Adapter:
-    """
-    Build the adapter that *upstream* names.
-
-    `vllm` means `adapters.vllm:Adapter`; `package.module:Class` may live anywhere. Raises SettingsError.
-    """
-    name = upstream.adapter if ":" in upstream.adapter else f"adapters.{upstream.adapter}:Adapter"
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as exc:
-        if exc.name is None or not module_name.startswith(exc.name):
-            raise  # something the adapter itself needs
-        known = ", ".join(found.name for found in pkgutil.iter_modules(importlib.import_module("adapters").__path__))
-        what = f"there is no adapter '{upstream.adapter}'; known are: {known}; or one of your own, package.module:Class"
-        raise SettingsError(what, ("adapter",)) from None
-    adapter: Adapter = getattr(module, attribute)(upstream)
-    return adapter
