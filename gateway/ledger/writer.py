@@ -149,14 +149,14 @@ class Writer:
                 self._failures = 0
             except Exception as exc:  # whatever it is, the next ones must be written
                 self._fail(exc)
+                self._refuse_strays(str(exc))
                 if self._stopping.is_set():
                     break
                 self._tried.set()
                 self._stopping.wait(BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1])
             if not self._pending:
                 self._tried.set()
-        for _, written in self._strays:
-            written.set_exception(DatabaseUnavailable("the gateway is shutting down"))
+        self._refuse_strays("the gateway is shutting down")
         self._close()
 
     def _gather(self) -> bool:
@@ -205,6 +205,13 @@ class Writer:
             written.set_exception(exc if isinstance(exc, DatabaseUnavailable) else DatabaseUnavailable(str(exc)))
             raise
         written.set_result(rows)
+
+    def _refuse_strays(self, why: str) -> None:
+        """Whoever waits for them has other things to do, and comes again."""
+        while self._strays:
+            _, written = self._strays.popleft()
+            if written.set_running_or_notify_cancel():
+                written.set_exception(DatabaseUnavailable(why))
 
     def _insert_any(self, records: list[UsageRecord]) -> dict[str, int]:
         """Those that can be written."""

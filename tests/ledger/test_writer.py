@@ -132,6 +132,22 @@ async def test_whoever_waits_for_strays_is_told_that_the_database_is_away() -> N
         assert await ledger.ingest([encode(a_record("req_stray"))]) == {"req_stray": 1}
 
 
+async def test_whoever_waits_for_strays_is_told_so_too_while_rows_wait_before_them() -> None:
+    gate = Gate()
+    gate.fails = DatabaseUnavailable("it is away")
+    ledger = Ledger(gate)
+    async with ledger.running():
+        request(ledger)
+        await until(lambda: ledger.counts.errors > 0)
+        async with asyncio.timeout(20):
+            with pytest.raises(LedgerUnavailable, match="it is away"):
+                await ledger.ingest([encode(a_record("req_stray"))])
+        leaving = asyncio.ensure_future(ledger.ingest([encode(a_record("req_stray"))]))
+        await asyncio.sleep(0)
+        leaving.cancel()
+    assert gate.closed
+
+
 async def test_a_surprise_does_not_end_it_either() -> None:
     gate = Gate()
     gate.fails = ZeroDivisionError()
