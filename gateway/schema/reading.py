@@ -60,8 +60,9 @@ KINDS = {
     "object": "an object",
 }
 
-_OPERATOR_KEY = re.compile(rb'"(?:%s)"\s*:|\\u00[567]' % "|".join(sorted(OPERATOR_FIELDS)).encode())
-"""Finds where there may be an operator field: also one that is spelled with escapes."""
+_OPERATOR_KEY = re.compile(rb'"(?:%s)"\s*:' % "|".join(sorted(OPERATOR_FIELDS)).encode())
+_ESCAPED_LETTER = re.compile(rb"\\u00[567]")
+"""Find where there may be an operator field, perhaps spelled with escapes. As one they would be six times slower."""
 _KNOWN_ANYWHERE = frozenset[str]().union(*(endpoint.known for endpoint in ENDPOINTS))
 
 
@@ -146,7 +147,7 @@ def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str
         raise MalformedBody(f"The key '{name}' occurs twice in the same object.", param=name) from None
     except ValueError as exc:  # malformed for msgspec, or an integer of thousands of digits for json
         raise _not_json("" if "digits" in str(exc) else f"{exc}.") from None
-    if _OPERATOR_KEY.search(body):
+    if _OPERATOR_KEY.search(body) or (b"\\u00" in body and _ESCAPED_LETTER.search(body)):
         _refuse_operator_fields(document)
     value.check()
     if endpoint.streams:
