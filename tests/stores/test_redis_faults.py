@@ -14,7 +14,7 @@ from gateway.stores import Costs, Lease, Plan, Quota, Reservation, StoreUnavaila
 from gateway.stores.redis import RedisStore
 from tests.stores.conftest import Ledger
 from tests.stores.proxy import proxy_to
-from tests.stores.servers import RedisServer, free_port, redis_server
+from tests.stores.servers import Clock, RedisServer, free_port, redis_server
 
 pytestmark = pytest.mark.anyio
 
@@ -407,6 +407,31 @@ async def test_replicas_that_race_to_seed_a_flushed_quota_seed_it_once(redis: Re
                 *(store.admit(asking(plan, 10)) for store in (a, b, c) for plan in plans), return_exceptions=False
             )
             assert min(answer.remaining[0] for answer in answers) == 100_000 - 400 - 18 * 10, turn
+
+
+async def test_who_was_taken_for_dead_and_ends_much_later_is_not_counted_again(redis: RedisServer) -> None:
+    ledger, scope, clock = Ledger(), next(slots), Clock()
+    plan = Plan(scope, (Quota(scope, "tokens", 1_000, "month"),))
+    options = Store(url=redis.url, timeout_s=PATIENT_S)
+    store = RedisStore(options, ledger, now_ms=clock, monotonic_s=clock.monotonic_s, settled_down_s=0)
+    await store.start()
+    slow = Reservation(plan, next(ids), Costs(10), b"intent", since_s=clock.monotonic_s())
+    await store.admit(slow)
+    clock.forward(60_000)
+    [found] = [one for one in await store.overdue() if one.request_id == slow.request_id]
+    store.settle(found, Costs(2), exact=False, event=b"abandoned")
+    await store.delivered()
+    store.recorded({slow.request_id: ledger.add(scope, clock(), 10)})
+    await store.delivered()
+    mark = next(key for key in contents(redis) if key.endswith(slow.request_id))
+    assert int(redis.said("TTL", mark)[1:]) > 3_600
+    clock.forward(600_000)
+    store.settle(slow, Costs(7), exact=True, event=b"completed")
+    await store.delivered()
+    store.recorded({slow.request_id: ledger.add(scope, clock(), 7)})
+    await store.delivered()
+    assert (await store.admit(asking(plan, 0))).remaining == [990]
+    await store.aclose()
 
 
 async def test_replicas_count_each_other(redis: RedisServer) -> None:

@@ -55,6 +55,7 @@ if ARGV[6] ~= '' then
 end
 local state = #late > 0 and 'late' or 'done'
 local settled = {state, admitted, record[3], record[4], record[5], entry, late}
-redis.call('SET', KEYS[#KEYS], cmsgpack.pack(settled), 'PX', #late > 0 and LATE or SETTLED)
+-- whoever is taken for dead and lives may be long in coming
+redis.call('SET', KEYS[#KEYS], cmsgpack.pack(settled), 'PX', (#late > 0 or ARGV[4] == '0') and LATE or SETTLED)
 redis.call('ZREM', KEYS[1], id)
 return {#late > 0 and 2 or 0, entry}
