@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+import redis as redis_py
 
 from gateway.settings import Secret, Store
 from gateway.stores import Costs, Lease, Plan, Quota, Reservation, StoreUnavailable, Window
 from gateway.stores.redis import RedisStore
 from tests.stores.conftest import Ledger
 from tests.stores.proxy import proxy_to
-from tests.stores.servers import Clock, RedisServer, free_port, redis_server
+from tests.stores.servers import RedisServer, free_port, redis_server
 
 pytestmark = pytest.mark.anyio
 
@@ -410,28 +411,24 @@ async def test_replicas_that_race_to_seed_a_flushed_quota_seed_it_once(redis: Re
 
 
 async def test_who_was_taken_for_dead_and_ends_much_later_is_not_counted_again(redis: RedisServer) -> None:
-    ledger, scope, clock = Ledger(), next(slots), Clock()
-    plan = Plan(scope, (Quota(scope, "tokens", 1_000, "month"),))
-    options = Store(url=redis.url, timeout_s=PATIENT_S)
-    store = RedisStore(options, ledger, now_ms=clock, monotonic_s=clock.monotonic_s, settled_down_s=0)
-    await store.start()
-    slow = Reservation(plan, next(ids), Costs(10), b"intent", since_s=clock.monotonic_s())
-    await store.admit(slow)
-    clock.forward(60_000)
-    [found] = [one for one in await store.overdue() if one.request_id == slow.request_id]
-    store.settle(found, Costs(2), exact=False, event=b"abandoned")
-    await store.delivered()
-    store.recorded({slow.request_id: ledger.add(scope, clock(), 10)})
-    await store.delivered()
-    mark = next(key for key in contents(redis) if key.endswith(slow.request_id))
-    assert int(redis.said("TTL", mark)[1:]) > 3_600
-    clock.forward(600_000)
-    store.settle(slow, Costs(7), exact=True, event=b"completed")
-    await store.delivered()
-    store.recorded({slow.request_id: ledger.add(scope, clock(), 7)})
-    await store.delivered()
-    assert (await store.admit(asking(plan, 0))).remaining == [990]
-    await store.aclose()
+    scope = next(slots)
+    ledger, plan = Ledger(), Plan(scope, (Quota(scope, "tokens", 1_000, "month"),))
+    async with store_at(redis.url, ledger) as store:
+        slow, now_ms = asking(plan), time.time_ns() // 1_000_000
+        await store.admit(slow)
+        partition = slow.plan.prepared.partition
+        with redis_py.Redis(port=redis.port) as client:
+            client.zadd(f"{{g1:{partition}}}:rz", {slow.request_id: now_ms})
+            [found] = [one for one in await store.overdue() if one.request_id == slow.request_id]
+            store.settle(found, Costs(2), exact=False, event=b"abandoned")
+            await store.delivered()
+            assert client.ttl(f"{{g1:{partition}}}:r:{slow.request_id}") > 3_600
+        store.recorded({slow.request_id: ledger.add(scope, now_ms, 10)})
+        await store.delivered()
+        store.settle(slow, Costs(7), exact=True, event=b"completed")
+        store.recorded({slow.request_id: ledger.add(scope, now_ms, 7)})
+        await store.delivered()
+        assert (await store.admit(asking(plan, 0))).remaining == [990]
 
 
 async def test_replicas_count_each_other(redis: RedisServer) -> None:
