@@ -33,6 +33,7 @@ from gateway.mending import mend_delta, mend_message, reason_of
 from gateway.schema.common import Object, Usage
 from gateway.schema.endpoint import CHAT, EMBEDDINGS, Endpoint
 from gateway.schema.payload import Part, Parts, Payload, encode_fields
+from gateway.schema.reading import asks_nothing
 from gateway.settings import Upstream, read_options
 from gateway.sse import Event
 
@@ -143,7 +144,7 @@ class Adapter(HTTPAdapter):
         asked = request.value
         fields: Object = self.allowed_fields(endpoint, request)
         for name in fields.keys() & USELESS[endpoint]:
-            refuse(name, True)
+            refuse(name, not asks_nothing(name, msgspec.json.decode(fields.pop(name))))
         fields = {name: raw for name, raw in fields.items() if name not in DROPPED}
         fields["model"] = dispatch.model
         if endpoint.streams:

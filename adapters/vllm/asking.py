@@ -10,7 +10,7 @@ from gateway.errors import InvalidRequest
 from gateway.schema.chat import ChatRequest, ContentPart
 from gateway.schema.common import Object
 from gateway.schema.completions import CompletionRequest
-from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS
+from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, texts_in
 
 SAMPLING = frozenset(
     "allowed_token_ids bad_words ignore_eos min_p min_tokens repetition_penalty skip_special_tokens "
@@ -43,6 +43,7 @@ DROPPED = frozenset(
 COUNTED = (TEMPLATE | {"add_special_tokens", "messages", "tools"}) - {"include_reasoning"}
 MOST_COUNTED = 8
 """What makes a prompt, beside its text; and texts in one request that are worth the exchanges to count each."""
+MOST_PROMPTS = 1024
 LEAST_TOP_P = 1e-6
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 """OpenAI's; a model's own would stand in their place."""
@@ -110,6 +111,9 @@ def write_tools(fields: Object, asked: ChatRequest) -> None:
 
 def write_completion(fields: Object, asked: CompletionRequest, draw: Draw) -> None:
     refuse("suffix", asked.suffix)
+    if isinstance(asked.prompt, list) and texts_in(asked.prompt) > MOST_PROMPTS:
+        says = f"This model takes up to {MOST_PROMPTS} prompts in one request."
+        raise InvalidRequest(says, param="prompt", code="array_above_max_length")
     if asked.max_tokens is not None:
         fields["max_tokens"] = asked.max_tokens
     if draw.is_ranked:

@@ -153,6 +153,7 @@ def test_a_chat_request_is_written_so_that_vllm_takes_it(changes: Document, expe
         ({"best_of": 3, "temperature": 0}, {"temperature": 0}),
         ({"suffix": ""}, {}),
         ({"top_k": 4}, {"top_k": 4}),
+        ({"documents": [], "chat_template_kwargs": {}}, {}),
     ],
 )
 def test_a_completion_request_is_written_so_that_vllm_takes_it(changes: Document, expected: Document) -> None:
@@ -180,7 +181,8 @@ def test_a_completion_request_is_written_so_that_vllm_takes_it(changes: Document
         (CHAT, {"structured_outputs": "x"}, "structured_outputs"),
         (COMPLETIONS, {"suffix": "end"}, "suffix"),
         (COMPLETIONS, {"best_of": 2, "echo": True}, "best_of"),
-        (COMPLETIONS, {"documents": []}, "documents"),
+        (COMPLETIONS, {"prompt": ["a"] * 1025}, "prompt"),
+        (COMPLETIONS, {"documents": ["a"]}, "documents"),
         (EMBEDDINGS, {"top_k": 4}, "top_k"),
         (EMBEDDINGS, {"guided_regex": "a"}, "guided_regex"),
     ],
