@@ -108,9 +108,9 @@ def _gateway_error(_: Request[Any, Any, Any], exc: GatewayError) -> ASGIApp:
 
 def _unknown_url(request: Request[Any, Any, Any], _: NotFoundException) -> ASGIApp:
     path = "".join(char for char in request.scope["path"] if char.isprintable())[:200]
-    meant = f"/v1{path}"
-    hint = f". Did you mean {meant}?" if meant in {route.path for route in request.app.routes} else ""
-    return ErrorResponse(UnknownURL(f"Invalid URL ({request.method} {path}){hint}"))
+    there = [route.path for route in request.app.routes if route.path.startswith("/v1/") and "{" not in route.path]
+    hint = f"Did you mean /v1{path}?" if f"/v1{path}" in there else f"There are {', '.join(sorted(there))}."
+    return ErrorResponse(UnknownURL(f"Invalid URL ({request.method} {path}). {hint}"))
 
 
 def _method_not_allowed(request: Request[Any, Any, Any], exc: MethodNotAllowedException) -> ASGIApp:

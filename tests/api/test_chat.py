@@ -267,6 +267,13 @@ async def test_a_base_url_without_its_version_is_set_right(stage: Stage) -> None
     assert answer.json()["error"]["message"].endswith("Did you mean /v1/chat/completions?")
 
 
+async def test_an_endpoint_that_is_not_there_is_answered_with_those_that_are(stage: Stage) -> None:
+    with pytest.raises(
+        openai.NotFoundError, match=r"Invalid URL \(POST /v1/responses\)\. There are /v1/chat/completions, "
+    ):
+        await stage.house.openai.responses.create(model="smart", input="Hi")
+
+
 async def test_the_sdk_finds_the_request_id_of_an_error(stage: Stage) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await stage.house.openai.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "Hi"}])
