@@ -23,7 +23,7 @@ from gateway.api.shutdown import Shutdown
 from gateway.app import create_app, load_adapters
 from gateway.auth import new_key, why_not_anonymous
 from gateway.discovery import Discovery, Findings, describe
-from gateway.errors import CannotLoad, GatewayError
+from gateway.errors import CannotLoad, CredentialRefused, GatewayError
 from gateway.settings import (
     Key,
     Model,
@@ -218,6 +218,8 @@ def _in_front_of(url: str, model: str | None) -> Settings:
         click.echo(f"{url}: {describe(found)}", err=True)
         if model is not None and model not in names:
             click.echo(f"{url}: it does not list {model}; asking for it all the same", err=True)
+    elif isinstance(found, CredentialRefused):
+        raise SettingsError(f"--backend {url}: {found.message} For that it takes a file: see config/gateway.yaml")
     elif model is None:
         raise SettingsError(
             f"--backend {url}: {found.message} Start it or mend the address; if it lists no models, add --model NAME"

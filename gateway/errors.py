@@ -181,8 +181,8 @@ class UpstreamFailed(UpstreamError):
 class CredentialRefused(UpstreamFailed):
     curable = False
 
-    def __init__(self) -> None:
-        super().__init__("The upstream refused this gateway's credential. Ask its operator.")
+    def __init__(self, says: str = "The upstream refused this gateway's credential. Ask its operator.") -> None:
+        super().__init__(says)
 
 
 class NotServed(UpstreamFailed):
@@ -190,8 +190,10 @@ class NotServed(UpstreamFailed):
 
     curable = False
 
-    def __init__(self) -> None:
-        super().__init__("The upstream does not have this model or endpoint. Ask the gateway's operator.")
+    def __init__(
+        self, says: str = "The upstream does not have this model or endpoint. Ask the gateway's operator."
+    ) -> None:
+        super().__init__(says)
 
 
 class CannotLoad(UpstreamFailed):

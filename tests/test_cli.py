@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from gateway.adapter import UpstreamFacts
 from gateway.cli import main, recognise
-from tests.house import Received, json_reply, upstream
+from tests.house import Received, head, json_reply, upstream
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60
@@ -139,6 +139,17 @@ async def test_a_server_is_recognised_and_spoken_to_in_its_dialect(kind: str, ad
     assert isinstance(facts, UpstreamFacts)
     assert f"{facts.kind} {facts.version or ''}".strip() == kind
     assert (chosen.adapter, [model.id for model in facts.models]) == (adapter, ["llama"])
+
+
+@pytest.mark.anyio
+async def test_a_server_that_wants_a_credential_is_put_into_a_file() -> None:
+    async def refuse(received: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(head(401, {"content-length": "0"}))
+
+    async with upstream(refuse) as server:
+        done = await asyncio.to_thread(suiron, "serve", "--port", "0", "--backend", f"127.0.0.1:{server.port}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "It wants a credential: give it an api_key. For that it takes a file" in done.stderr
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason() -> None:

@@ -200,11 +200,11 @@ class HTTPAdapter:
         try:
             listed = msgspec.json.decode(await self.get(path), type=_ModelList)
         except errors.NotServed as exc:
-            raise errors.UpstreamFailed(f"It has no {path} below its base_url, which mostly ends in /v1.") from exc
+            raise errors.NotServed(f"It has no {path} below its base_url, which mostly ends in /v1.") from exc
         except errors.CredentialRefused as exc:
             has_key = any(name == b"authorization" for name, _ in self._headers)
             says = "It refuses the credential in api_key." if has_key else "It wants a credential: give it an api_key."
-            raise errors.UpstreamFailed(says) from exc
+            raise errors.CredentialRefused(says) from exc
         except msgspec.MsgspecError as exc:
             raise errors.UpstreamFailed("The upstream's list of models could not be understood.") from exc
         return [
