@@ -149,7 +149,8 @@ class Writer:
                 self._failures = 0
             except Exception as exc:  # whatever it is, the next ones must be written
                 self._fail(exc)
-                self._refuse_strays(str(exc))
+                if self._group:
+                    self._refuse_strays(str(exc))
                 if self._stopping.is_set():
                     break
                 self._tried.set()
@@ -207,7 +208,7 @@ class Writer:
         written.set_result(rows)
 
     def _refuse_strays(self, why: str) -> None:
-        """Whoever waits for them has other things to do, and comes again."""
+        """Those that rows are in front of: who waits for them has other things to do, and comes again."""
         while self._strays:
             _, written = self._strays.popleft()
             if written.set_running_or_notify_cancel():
