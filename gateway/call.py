@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
+import msgspec
 from msgspec import Struct, field
 
 from gateway.auth import Principal
@@ -87,6 +88,9 @@ class Heard:
         """Also says what an upstream has counted by now, if one of *parts* tells."""
         told = None
         for part in parts:
+            if part.texts is not None:
+                self._hear(part.texts)
+                continue
             text, usage = part.text, part.usage
             if text is not None and b"\\" not in text:  # JSON writes it as it is
                 self.pieces += text != b""
@@ -100,6 +104,13 @@ class Heard:
                     self.counted_bytes += self.text_bytes
                     self.pieces = self.text_bytes = 0
         return told
+
+    def _hear(self, texts: list[bytes]) -> None:
+        said = b"".join(texts)
+        self.pieces += len(texts) - texts.count(b"")
+        self.text_bytes += (
+            len(said) if b"\\" not in said else len(msgspec.json.decode(b'"%b"' % said, type=str).encode())
+        )
 
     def _listen(self, value: Any) -> None:
         for choice in getattr(value, "choices", ()):

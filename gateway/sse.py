@@ -17,7 +17,7 @@ class Event(Struct, gc=False):
     name: str = "message"
 
 
-_BETWEEN = b"\n\ndata: "
+BETWEEN = b"\n\ndata: "
 
 
 class EventReader:
@@ -52,7 +52,7 @@ class EventReader:
         block = self._rest + block
         if not self._data and self._name == "message" and _is_plain(block):
             self._rest = b""
-            return [Event(data) for data in block[6:-2].split(_BETWEEN)]
+            return [Event(data) for data in block[6:-2].split(BETWEEN)]
         *lines, self._rest = block.split(b"\n")
         events = []
         for line in lines:
@@ -86,9 +86,9 @@ class EventReader:
 def _is_plain(block: bytes) -> bool:
     """Whether it is whole events of one `data: ` line each, as nearly all blocks are: those are split in one go."""
     return (
-        block.startswith(b"data: ") and block.endswith(b"\n\n") and block.count(b"\n") == 2 + 2 * block.count(_BETWEEN)
+        block.startswith(b"data: ") and block.endswith(b"\n\n") and block.count(b"\n") == 2 + 2 * block.count(BETWEEN)
     )
 
 
 def write_events(wires: Iterable[bytes]) -> bytes:
-    return b"data: " + _BETWEEN.join(wires) + b"\n\n"
+    return b"data: " + BETWEEN.join(wires) + b"\n\n"

@@ -24,6 +24,7 @@ from gateway.schema.common import Usage
 from gateway.schema.endpoint import CHAT, expected_choices, texts_in
 from gateway.schema.mould import Mould
 from gateway.schema.payload import NULL, Part, Parts
+from gateway.sse import BETWEEN
 from gateway.stops import cut_at_stops
 
 ENVELOPE = ("id", "object", "created", "model")
@@ -207,12 +208,30 @@ class Chunks:
         """The chunks to send for those that came: for each none, itself, or beginnings of other choices before it."""
         rewritten: Parts = []
         for part in arrived:
-            if (wire := self.spliced(part)) is not None:
+            if part.texts is not None:
+                rewritten.extend(self._run(part, part.texts))
+            elif (wire := self.spliced(part)) is not None:
                 part.wire = wire
                 rewritten.append(part)
             else:
                 rewritten.extend(self.rebuilt(part))
         return rewritten
+
+    def _run(self, part: Part[Any], texts: list[bytes]) -> Parts:
+        """Of several chunks of one mould, the first are looked at, until it is known what surrounds the others."""
+        mould, sent, place = part.mould, list[Part[Any]](), 0
+        assert mould is not None
+        while place < len(texts) and self._theirs != mould:
+            text = texts[place]
+            sent += self.rewrite(
+                [Part(self._call.endpoint.chunks, mould.before + text + mould.after, None, mould, text)]
+            )
+            place += 1
+        if place < len(texts):
+            between = self._after + BETWEEN + self._before
+            part.wire = self._before + between.join(texts[place:]) + self._after
+            sent.append(part)
+        return sent
 
     def spliced(self, part: Part[Any]) -> bytes | None:
         """The chunk, if it differs from the last one that was rebuilt in nothing but its text; else None."""

@@ -112,7 +112,13 @@ class Cache:
         if kept is not None and self._may_be_given(kept, question):
             _mark(call, "hit")
             call.headers["age"] = str(int(max(0.0, self._now() - kept.at)))
-            source = self._replayed(call, kept.track, policy)
+            if policy.replay == "instant" or not (call.streamed and kept.track.streamed):
+                for number, parts in enumerate(told(call, kept.track)):
+                    if number:
+                        await asyncio.sleep(0)  # for others: a long answer takes milliseconds
+                    yield parts
+                return
+            source = self._paced(kept.track)
         elif control.only_if_cached:
             _mark(call, "miss")
             raise NotCached
@@ -154,22 +160,14 @@ class Cache:
             return False
         return control.max_age_s is None or age_s <= control.max_age_s
 
-    async def _replayed(self, call: Call, track: Track, policy: Caching) -> AsyncGenerator[Parts]:
-        if policy.replay == "recorded" and call.streamed and track.streamed:
-            start = 0
-            for position in range(1, len(track)):
-                if wait_ms := track.waits_ms[position]:
-                    yield track.parts(start, position)
-                    start = position
-                    await self._sleep(wait_ms / 1000)
-            yield track.parts(start, len(track))
-            return
-        begun = False
-        for parts in told(call, track):
-            if begun:
-                await asyncio.sleep(0)  # for others: a long answer takes milliseconds
-            begun = True
-            yield parts
+    async def _paced(self, track: Track) -> AsyncGenerator[Parts]:
+        start = 0
+        for position in range(1, len(track)):
+            if wait_ms := track.waits_ms[position]:
+                yield track.parts(start, position)
+                start = position
+                await self._sleep(wait_ms / 1000)
+        yield track.parts(start, len(track))
 
     # Without anybody else.
 
@@ -260,7 +258,7 @@ class Cache:
             kept = None if question.control.no_cache else await self._found_elsewhere(question, lead)
             if kept is not None:
                 flight.borrowed = True
-                for known in told(flight.call, kept.track):
+                for known in told(flight.call, kept.track, in_runs=False):
                     yield known
                 return
             lead.keep()
@@ -356,12 +354,14 @@ def steps_in(call: Call, target: Target) -> bool:
     return target.tier > min(other.tier for other in call.model.targets_for(call.endpoint, call.request.value))
 
 
-def told(call: Call, track: Track) -> Iterator[Parts]:
-    """A whole track in the form that *call* asks for, some pieces at a time."""
+def told(call: Call, track: Track, *, in_runs: bool = True) -> Iterator[Parts]:
+    """A whole track in the form that *call* asks for, some pieces at a time; *in_runs* where nobody looks into each."""
     endpoint = call.endpoint
     if call.streamed == track.streamed:
+        is_cut = call.endpoint.streams and call.request.value.stop
+        pieces = track.in_runs if in_runs and not is_cut else track.parts
         for start in range(0, len(track), AT_ONCE):
-            yield track.parts(start, min(start + AT_ONCE, len(track)))
+            yield pieces(start, min(start + AT_ONCE, len(track)))
     elif call.streamed:
         parts = [Part(endpoint.chunks.decode(wire), wire) for wire in cut(endpoint, track.part(0).wire)]
         parts[-1].usage = track.usage

@@ -11,7 +11,7 @@ from gateway.schema.endpoint import Endpoint
 from gateway.schema.mould import Mould
 from gateway.stores.answers import Epochs
 
-COMPRESS_FROM_BYTES = 1024
+COMPRESS_FROM_BYTES = 2048
 PLAIN, COMPRESSED = b"p", b"z"
 MAX_BYTES = 32 * 1024 * 1024
 """Of an entry, no longer compressed: one that claims to be larger is none."""
@@ -45,12 +45,12 @@ class Entry(Struct, array_like=True, frozen=True):
     @property
     def is_sound(self) -> bool:
         """Whether its lists fit each other."""
-        pieces = sum(len(run.cuts) for run in self.runs)
-        return (
-            pieces == len(self.waits_ms)
-            and len(self.tokens) in (0, pieces)
-            and all(sum(run.cuts) == len(run.text) and min(run.cuts, default=0) >= 0 for run in self.runs)
-        )
+        pieces = 0
+        for run in self.runs:
+            pieces += len(run.cuts)
+            if sum(run.cuts) != len(run.text) or min(run.cuts, default=0) < 0:
+                return False
+        return pieces == len(self.waits_ms) and len(self.tokens) in (0, pieces)
 
     def track(self, endpoint: Endpoint) -> Track:
         track = Track(endpoint, self.streamed)

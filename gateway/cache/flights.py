@@ -238,5 +238,5 @@ def _hear_of(seat: Seat) -> None:
     """Who waits for the whole of a stream and leaves has been given nothing, and pays for what was generated."""
     stretch: Stretch | None = seat.stretch
     while stretch is not None:
-        seat.call.usage = seat.call.heard.add(stretch.track.parts(0, len(stretch.track))) or seat.call.usage
+        seat.call.usage = seat.call.heard.add(stretch.track.in_runs(0, len(stretch.track))) or seat.call.usage
         stretch = stretch.next

@@ -1,8 +1,9 @@
 """Which requests ask the same?"""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -11,6 +12,9 @@ from gateway.adapter import ASKS_NOTHING, UpstreamFacts
 from gateway.schema.endpoint import EMBEDDINGS, Endpoint
 from gateway.schema.payload import Payload
 from gateway.settings import Caching, Settings
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as HASH
 
 LAYOUT = "2"
 """Of keys and entries: another one makes all that was kept before unknown."""
@@ -33,19 +37,31 @@ def canonical(request: Payload[Any]) -> bytes:
         asked = _DECODER.decode(request.wire)
     except (msgspec.MsgspecError, RecursionError):  # such as 1e400 where nobody reads it: the same bytes ask the same
         return request.wire
-    for name in IGNORED & asked.keys():
+    for name in [name for name in asked if name in IGNORED]:
         del asked[name]
     return _SORTED.encode(asked)
 
 
 def key_of(tenant: str, endpoint: Endpoint, fingerprint: bytes, request: Payload[Any]) -> bytes:
     """All that an answer depends on, as 32 bytes; the public model is in the request."""
-    return digest((LAYOUT.encode(), tenant.encode(), endpoint.path.encode(), fingerprint, canonical(request)))
+    seen = _begun(tenant, endpoint.path, fingerprint).copy()
+    seen.update(canonical(request))  # the last part, so that it needs no length
+    return seen.digest()
+
+
+@lru_cache(maxsize=1024)
+def _begun(tenant: str, path: str, fingerprint: bytes) -> "HASH":
+    """A hash of all parts that are the same for many requests."""
+    return sha256(_joined((LAYOUT.encode(), tenant.encode(), path.encode(), fingerprint)))
 
 
 def digest(parts: Iterable[bytes]) -> bytes:
     """SHA-256 over parts, each behind its length, so that none can pass for another's end."""
-    return sha256(b"".join([len(part).to_bytes(8, "big") + part for part in parts])).digest()
+    return sha256(_joined(parts)).digest()
+
+
+def _joined(parts: Iterable[bytes]) -> bytes:
+    return b"".join([len(part).to_bytes(8, "big") + part for part in parts])
 
 
 def is_admitted(policy: Caching, endpoint: Endpoint, asked: Any) -> bool:

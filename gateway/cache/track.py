@@ -19,6 +19,7 @@ from gateway.schema.payload import Part, Parts
 
 PIECE_BYTES = 120
 """What a piece takes beside its text."""
+FEWEST_IN_RUN = 3
 
 
 class Track:
@@ -99,6 +100,21 @@ class Track:
 
     def parts(self, start: int, end: int) -> Parts:
         return [self.part(position) for position in range(start, end)]
+
+    def in_runs(self, start: int, end: int) -> Parts:
+        """The same pieces, with those of one mould in one part."""
+        parts: Parts = []
+        moulds = self.moulds
+        while start < end:
+            mould, upto = moulds[start], start + 1
+            while upto < end and mould is not None and moulds[upto] is mould:
+                upto += 1
+            if mould is None or upto - start < FEWEST_IN_RUN:
+                parts += self.parts(start, upto)
+            else:
+                parts.append(Part(self._decoder, b"", None, mould, texts=self.texts[start:upto]))
+            start = upto
+        return parts
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """From where to where pieces are of one mould; those without are runs by themselves."""

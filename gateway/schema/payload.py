@@ -42,7 +42,8 @@ class Part(Struct, Generic[T], gc=False):
 
     `usage` is cumulative over the answer so far and private: set by the dialect whenever it knows, so that an answer
     cut short is billed rightly; it is never written to the client as such. Where a chunk has a `mould`, it came as
-    that, filled; of one that was not decoded, `text` is what it is filled with, as JSON writes it.
+    that, filled; of one that was not decoded, `text` is what it is filled with, as JSON writes it. With `texts` it
+    is several chunks, one after the other, which fill its mould with these: most of an answer from before.
     """
 
     _value: T | msgspec.json.Decoder[T]
@@ -50,6 +51,7 @@ class Part(Struct, Generic[T], gc=False):
     usage: Usage | None = None
     mould: Mould | None = None
     text: bytes | None = None
+    texts: list[bytes] | None = None
 
     @property
     def value(self) -> T:

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from gateway.cache import Cache
 from gateway.cache.question import Fingerprints
+from gateway.cache.track import Track
 from gateway.schema.common import Usage
-from gateway.schema.endpoint import COMPLETIONS, EMBEDDINGS
+from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS
 from gateway.schema.payload import Part, Parts
 from gateway.settings import Caching
+from gateway.sse import write_events
 from gateway.stores.answers import MemoryAnswers
-from tests.cache.conftest import USED, Playing, chunk, hello, keeping, settings_with, whole
+from gateway.stream import Chunks
+from tests.cache.conftest import ASK_USAGE, STREAM, USED, Playing, chunk, delta, hello, keeping, settings_with, whole
 from tests.cache.direct import a_call, all_of
 from tests.house import HELLO, House, events_of
 
@@ -242,6 +245,30 @@ async def test_a_stream_comes_again_chunk_by_chunk_and_as_one_answer(
     assert [choice["message"].get("content") for choice in read["choices"]] == [
         None if choice.content is None else "".join(choice.content) for choice in choices
     ]
+
+
+@given(said=streams(), usage=st.booleans(), escaped=st.booleans())
+def test_many_pieces_at_once_are_written_and_counted_as_one_by_one(
+    said: tuple[list[Choice], list[Parts]], usage: bool, escaped: bool
+) -> None:
+    choices, arrivals = said
+    track = Track(CHAT, True)
+    for parts in [
+        *arrivals[:1],
+        *([[delta({"content": f"{n}\\"}) for n in range(9)]] if escaped else []),
+        *arrivals[1:],
+    ]:
+        track.add(parts)
+
+    def sent(parts: Parts) -> tuple[bytes, list[int]]:
+        call = a_call({**(ASK_USAGE if usage else STREAM), "n": len(choices)}, id="x", created=1)
+        call.arrived(parts)
+        chunks = Chunks(call)
+        wires = [part.wire for part in chunks.rewrite(parts)]
+        heard = call.heard
+        return write_events(wires), [heard.pieces, heard.text_bytes, heard.counted_bytes]
+
+    assert sent(track.in_runs(0, len(track))) == sent(track.parts(0, len(track)))
 
 
 @EXAMPLES
