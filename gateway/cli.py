@@ -131,6 +131,8 @@ def _probe_all(settings: Settings) -> list[str]:
             faults.append(f"upstream {name}: {finding.message}")
             continue
         click.echo(f"{name}: {describe(finding)}")
+        if hint := _hint(settings.upstreams[name], finding):
+            click.echo(f"  {hint}")
         for repair in finding.repairs:
             click.echo(f"  repaired: {repair.says}")
     return faults + list(_not_listed(settings, findings))
@@ -243,6 +245,20 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "OpenAI": {"adapter": "openai", "options": {"engine": "openai"}},
 }
 """What the kinds of server that do not quite speak OpenAI's dialect are spoken to in."""
+
+
+def _hint(upstream: Upstream, facts: UpstreamFacts) -> str:
+    """How to speak to a server in its own dialect; empty where the configuration says one, or there is none."""
+    if upstream.adapter != "openai" or upstream.options.get("engine") or facts.kind == "OpenAI":
+        return ""
+    dialect = DIALECTS.get(facts.kind)
+    if dialect is None:
+        return ""
+    engine = dialect.get("options", {}).get("engine")
+    better = f"options: {{engine: {engine}}}" if engine else f"adapter: {dialect['adapter']}"
+    return f"better with `{better}`: more of its deviations are repaired"
+
+
 LISTING = frozenset({"vLLM", "SGLang", "Ollama", "OpenAI", "Suiron"})
 """The kinds that refuse a model which they do not list; others take any name for the one they have."""
 
@@ -301,10 +317,14 @@ def _say_ready(settings: Settings, findings: Findings) -> None:
         click.echo(_welcome(settings, findings))
 
 
-def _upstreams(findings: Findings) -> str:
+def _upstreams(settings: Settings, findings: Findings) -> str:
     """What was found behind each, below the rest; what could not be reached is in the log."""
-    found = [f"  {name}: {describe(facts)}\n" for name, facts in findings.items() if isinstance(facts, UpstreamFacts)]
-    return "".join(found and ["\nUpstreams:\n", *found])
+    lines = []
+    for name, facts in findings.items():
+        if isinstance(facts, UpstreamFacts):
+            hint = _hint(settings.upstreams[name], facts)
+            lines += [f"  {name}: {describe(facts)}\n", f"    {hint}\n" if hint else ""]
+    return "".join(lines and ["\nUpstreams:\n", *lines])
 
 
 def _unpriced(settings: Settings) -> str:
@@ -338,7 +358,7 @@ Suiron {__version__} is ready.
   Ledger    {ledger}
   Prices    {prices}
   Health    {base_url.removesuffix("/v1")}/health/ready
-{_upstreams(findings)}
+{_upstreams(settings, findings)}
 Try it (pip install openai):
 
 from openai import OpenAI

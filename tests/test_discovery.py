@@ -352,6 +352,10 @@ models:
         assert done.returncode == 1
         assert "upstream dead: The upstream could not be reached." in done.stderr
         assert "models.bad.targets[0]: gpu does not list 'lama', but llama" in done.stderr
+        file.write_text(f"upstreams: {{gpu: {{adapter: openai, base_url: 'http://127.0.0.1:{up.port}/v1'}}}}")
+        done = await asyncio.to_thread(suiron, "check", "--probe", str(file))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "  better with `adapter: vllm`: more of its deviations are repaired\n" in done.stdout
 
 
 @pytest.mark.parametrize(

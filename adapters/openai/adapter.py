@@ -3,9 +3,10 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlsplit
 
-import msgspec
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from adapters.openai.answering import Reader
 from adapters.openai.asking import Alone, split, write
@@ -24,6 +25,8 @@ from gateway.sse import Event
 class Adapter(HTTPAdapter):
     def __init__(self, upstream: Upstream, **wiring: Any) -> None:
         options = read_options(upstream.options, Options)
+        if options.engine is None and urlsplit(upstream.base_url).hostname == "api.openai.com":
+            options = replace(options, engine="openai")
         self._engine = options.engine
         self._switches = switches(options)
         self.extensions = self._switches.extensions
@@ -50,8 +53,8 @@ class Adapter(HTTPAdapter):
     async def probe(self) -> UpstreamFacts:
         facts = await Probe(self.list_models, self.get, self.post, self._engine).facts()
         self._probed = {model.id: model.features for model in facts.models}
-        models = [msgspec.structs.replace(model, features=self.features(model.id)) for model in facts.models]
-        return msgspec.structs.replace(facts, models=models, repairs=self._switches.repairs)
+        models = [replace(model, features=self.features(model.id)) for model in facts.models]
+        return replace(facts, models=models, repairs=self._switches.repairs)
 
     # The dialect.
 
@@ -104,4 +107,4 @@ class Adapter(HTTPAdapter):
 
 def _named(dispatch: Dispatch, alone: Alone) -> Dispatch:
     """Each exchange has a name of its own: two of the same that run at once would be one for some servers."""
-    return msgspec.structs.replace(dispatch, request_id=f"{dispatch.request_id}-{alone.index}")
+    return replace(dispatch, request_id=f"{dispatch.request_id}-{alone.index}")

@@ -17,13 +17,13 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
     `options` of an upstream with the adapter `openai`; what is left out is as the `engine` has it.
 
-    `engine`: which server it is. `limit`: what it calls the limit of a chat's answer. `developer_role`: it knows it,
-    else `system` is sent. `stream_options`: it takes them. `n`, `prompts`: it gives several choices, and takes several
-    prompts, in one request; else there is a request for each. `refuse`: parameters that it would ignore.
-    `custom_tools`: it knows tools that are no functions, and choices of some tools. `keep_extras`: members of its
-    answers that OpenAI does not have are passed on. `vision`, `audio`, `files`: its models take such parts, as `data:`
-    URLs or in base64; `fetch_media`: and http ones, for it to fetch. `defaults`: what is sent where a request leaves it
-    out, so that a model's own defaults are not taken for OpenAI's.
+    `engine`: which server it is; api.openai.com is known. `limit`: what it calls the limit of a chat's answer.
+    `developer_role`: it knows it, else `system` is sent. `stream_options`: it takes them. `n`, `prompts`: it gives
+    several choices, and takes several prompts, in one request; else there is a request for each. `refuse`: parameters
+    that it would ignore. `custom_tools`: it knows tools that are no functions, and choices of some tools.
+    `keep_extras`: members of its answers that OpenAI does not have are passed on. `vision`, `audio`, `files`: its
+    models take such parts, as `data:` URLs or in base64; `fetch_media`: and http ones, for it to fetch. `defaults`:
+    what is sent where a request leaves it out, so that a model's own defaults are not taken for OpenAI's.
     """
 
     engine: Engine | None = None

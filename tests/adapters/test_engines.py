@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from gateway.settings import Auth, Model, Settings, Target
+from adapters.openai import Adapter
+from gateway.settings import Auth, Model, Settings, Target, Upstream
 from tests.house import HELLO, KEY, House, completion, json_reply, running, upstream
 
 pytestmark = pytest.mark.anyio
@@ -60,3 +61,11 @@ async def test_an_engine_that_cannot_echo_is_not_asked_for_no_tokens(house: Hous
     response = await house.post({"model": engine, "prompt": "Hi", "max_tokens": 0}, "completions")
     assert response.status_code == 400, response.text
     assert json.loads(response.content)["error"]["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("url", "sees"), [("https://api.openai.com/v1", True), ("https://api.openai.com.evil/v1", False)]
+)
+def test_openai_itself_is_known_by_its_address(url: str, sees: bool) -> None:
+    adapter = Adapter(Upstream(adapter="openai", base_url=url))
+    assert adapter.features("gpt").vision is sees
