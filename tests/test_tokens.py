@@ -228,6 +228,15 @@ def test_whatever_upstreams_say_estimates_stay_within_bounds(said_so: list[tuple
     assert 1 <= tokens.expected_output(said("x")) <= 2**31
 
 
+def test_one_strange_prompt_does_not_spoil_the_estimates_of_all_others() -> None:
+    tokens = Tokens(settings())
+    for _ in range(100):
+        teach(tokens, said("x" * 1000), 250)
+    before = tokens.prompt(said("x" * 1000)).tokens
+    teach(tokens, said("🦄" * 50_000), 200_000)
+    assert before <= tokens.prompt(said("x" * 1000)).tokens < 1.3 * before
+
+
 def test_the_upper_bound_learns_from_a_template_that_adds_more_than_it_allows_for() -> None:
     tokens = Tokens(settings())
     teach(tokens, said("Hi"), 2000)

@@ -27,7 +27,7 @@ AUDIO_BYTES = 512
 
 MEMORY = 0.98
 """How much of the past weighs on when a request is over: half of it is forgotten after 34."""
-HEAVIEST_BYTES = 16_384
+HEAVIEST_BYTES = 4096
 """A text as long as this weighs as much as any longer one."""
 SHORT_BYTES = 512
 AROUND = (-512, 4096)
