@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from gateway.database import Inserted, Kind, Metric
+from gateway.database import DatabaseUnavailable, Inserted, Kind, Metric
 from gateway.database.migrations import migrate
 from gateway.database.record import UsageRecord
 from gateway.database.sql import Statements, translated, translating, used
@@ -35,6 +35,7 @@ class SQLite:
         self._writer = _engine(url, WRITER, "BEGIN IMMEDIATE", pool_size=1)
         self._readers = _engine(url, READER, "BEGIN", pool_size=2)
         self._statements = Statements(self._writer.dialect)
+        self._opened = os.stat(path)
 
     def prepare(self) -> None:
         """Also refuses a file that is not ours, or damaged: it is never made anew."""
@@ -53,6 +54,8 @@ class SQLite:
             raise SettingsError(_damaged(self.path, translated(exc))) from None
 
     def commit(self, records: Sequence[UsageRecord]) -> Inserted:
+        if not _is_still(self.path, self._opened):  # SQLite would write to what has no name any more
+            raise DatabaseUnavailable(f"{self.path} is another file than was opened, or gone: put it back, or restart")
         with translating(), self._writer.begin() as connection:
             return self._statements.commit(connection, records)
 
@@ -101,6 +104,13 @@ def _locked(path: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
+
+
+def _is_still(path: Path, opened: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), opened)
+    except OSError:
+        return False
 
 
 def _is_foreign(path: Path) -> bool:

@@ -87,6 +87,32 @@ def test_a_full_disk_holds_up_rows_then_refuses_requests_and_recovers_by_itself(
     assert ask(tmp_path, DIFFERENCE) == []
 
 
+async def test_a_file_that_is_moved_away_is_missed_and_written_to_when_it_is_back(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "ledger.db", tmp_path / "elsewhere.db"
+    async with ledger_at(tmp_path) as ledger:
+        posted = [request(ledger)]
+        await until(lambda: ledger.backlog == 0)
+        path.rename(elsewhere)
+        posted.append(request(ledger))
+        await until(lambda: ledger.counts.errors > 0)
+        elsewhere.rename(path)
+        await until(lambda: ledger.backlog == 0)
+    whole(tmp_path, posted)
+
+
+async def test_a_copy_put_in_its_place_while_it_runs_gets_the_rows_at_the_next_start(tmp_path: Path) -> None:
+    async with ledger_at(tmp_path) as ledger:
+        posted = [request(ledger)]
+        await until(lambda: ledger.backlog == 0)
+        ask(tmp_path, f"VACUUM INTO '{tmp_path}/copy.db'")
+        (tmp_path / "copy.db").replace(tmp_path / "ledger.db")
+        posted.append(request(ledger))
+        await until(lambda: ledger.counts.errors > 0)
+    async with ledger_at(tmp_path) as ledger:
+        await until(lambda: ledger.backlog == 0)
+    whole(tmp_path, posted)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
