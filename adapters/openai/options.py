@@ -1,9 +1,10 @@
 """In what do servers that speak OpenAI's dialect differ from OpenAI, and from each other?"""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from gateway.adapter import Repair
 
@@ -66,8 +67,6 @@ class Switches(Struct, frozen=True, kw_only=True):
     repairs: tuple[Repair, ...] = ()
 
 
-NOT_BESIDE_OPENAI = "audio function_call functions modalities moderation prediction web_search_options".split()
-"""What no engine but OpenAI's own honours."""
 COMMON = (
     Repair("deltas of tool calls completed", "chat-stream-tools-bare"),
     Repair("calls of tools end as such", "chat-tools-stop"),
@@ -80,6 +79,22 @@ REFUSED = Repair("what it would ignore refused", "ollama-chat-refused")
 EACH_CHOICE = Repair("n by as many requests", "transformers-chat-stream-n")
 EACH_PROMPT = Repair("prompts by as many requests", "transformers-completion-prompts")
 
+BESIDE_OPENAI = Switches(
+    developer_role=False,
+    refuse="audio function_call functions modalities moderation prediction web_search_options".split(),
+    custom_tools=False,
+    keep_extras=False,
+    repairs=(*COMMON, STRIPPED, SYSTEM, REFUSED),
+)
+"""What the engines that are not OpenAI's own have in common."""
+
+
+def _beside(refuse: str, *repairs: Repair, **switches: Any) -> Switches:
+    """An engine that ignores, or means something else by, what is in *refuse* too."""
+    common = BESIDE_OPENAI
+    return replace(common, refuse=[*common.refuse, *refuse.split()], repairs=(*common.repairs, *repairs), **switches)
+
+
 ENGINES: dict[Engine, Switches] = {
     "openai": Switches(
         limit="max_completion_tokens",
@@ -88,89 +103,57 @@ ENGINES: dict[Engine, Switches] = {
         files=True,
         fetch_media=True,
     ),
-    "transformers": Switches(
+    "transformers": _beside(
+        "best_of echo frequency_penalty logit_bias logprobs parallel_tool_calls presence_penalty reasoning_effort "
+        "response_format suffix tool_choice",
+        EACH_CHOICE,
+        EACH_PROMPT,
+        Repair("streams without [DONE]", "transformers-chat-stream"),
+        Repair("the temperature that OpenAI takes for default", "transformers-chat-stream"),
+        Repair("errors under `detail`", "transformers-chat-unknown-field"),
+        Repair("errors in streams that are broken JSON", "transformers-chat-stream-error"),
         limit="max_tokens",
-        developer_role=False,
         n=False,
         prompts=False,
-        custom_tools=False,
-        keep_extras=False,
         defaults={"temperature": 1.0, "top_p": 1.0},
-        refuse=[
-            *NOT_BESIDE_OPENAI,
-            *"best_of echo logit_bias logprobs parallel_tool_calls presence_penalty reasoning_effort".split(),
-            *"response_format suffix tool_choice".split(),
-        ],
-        repairs=(
-            *COMMON,
-            STRIPPED,
-            SYSTEM,
-            REFUSED,
-            EACH_CHOICE,
-            EACH_PROMPT,
-            Repair("streams without [DONE]", "transformers-chat-stream"),
-            Repair("the temperature that OpenAI takes for default", "transformers-chat-stream"),
-            Repair("errors under `detail`", "transformers-chat-unknown-field"),
-            Repair("errors in streams that are broken JSON", "transformers-chat-stream-error"),
-        ),
     ),
-    "sglang": Switches(
-        developer_role=False,
-        custom_tools=False,
-        keep_extras=False,
-        refuse=[*NOT_BESIDE_OPENAI, "suffix"],
+    "sglang": _beside(
+        "suffix",
+        Repair("flat errors within a 200 stream", "sglang-chat-stream-error"),
+        Repair("an empty finish reason before the end", "sglang-chat-stream"),
         extensions=frozenset(
             "ebnf ignore_eos min_p min_tokens no_stop_trim regex repetition_penalty skip_special_tokens "
             "stop_token_ids top_k".split()
         ),
-        repairs=(
-            *COMMON,
-            STRIPPED,
-            SYSTEM,
-            REFUSED,
-            Repair("flat errors within a 200 stream", "sglang-chat-stream-error"),
-            Repair("an empty finish reason before the end", "sglang-chat-stream"),
-        ),
     ),
-    "llamacpp": Switches(
-        developer_role=False,
+    "llamacpp": _beside(
+        "best_of suffix",
+        EACH_CHOICE,
+        Repair("a prompt beyond the context by OpenAI's code", "llamacpp-chat-overflow"),
+        Repair("errors within a 200 stream", "llamacpp-chat-stream-loading"),
         n=False,
-        custom_tools=False,
-        keep_extras=False,
-        refuse=[*NOT_BESIDE_OPENAI, "best_of", "suffix"],
         extensions=frozenset("ignore_eos min_p mirostat repeat_penalty top_k typical_p".split()),
-        repairs=(
-            *COMMON,
-            STRIPPED,
-            SYSTEM,
-            REFUSED,
-            EACH_CHOICE,
-            Repair("a prompt beyond the context by OpenAI's code", "llamacpp-chat-overflow"),
-            Repair("errors within a 200 stream", "llamacpp-chat-stream-loading"),
-        ),
     ),
-    "ollama": Switches(
+    "ollama": _beside(
+        "best_of echo logit_bias logprobs parallel_tool_calls tool_choice",
+        EACH_CHOICE,
+        EACH_PROMPT,
         limit="max_tokens",
-        developer_role=False,
         n=False,
         prompts=False,
-        custom_tools=False,
-        keep_extras=False,
-        refuse=[
-            *NOT_BESIDE_OPENAI,
-            *"best_of echo logit_bias logprobs parallel_tool_calls tool_choice".split(),
-        ],
-        repairs=(*COMMON, STRIPPED, SYSTEM, REFUSED, EACH_CHOICE, EACH_PROMPT),
     ),
 }
-"""Source: backends.md §4, and for `transformers` the recordings."""
+"""
+Source: backends.md §4, and for `transformers` the recordings and its code, where `frequency_penalty` is a
+`repetition_penalty`.
+"""
 
 
 def switches(options: Options) -> Switches:
     """The engine's, with what the options say themselves."""
     given = {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
     engine = given.pop("engine", None)
-    return msgspec.structs.replace(ENGINES[engine] if engine else Switches(repairs=COMMON), **given)
+    return replace(ENGINES[engine] if engine else Switches(repairs=COMMON), **given)
 
 
 def holds_for(model: str, models: Models) -> bool:

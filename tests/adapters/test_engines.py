@@ -56,6 +56,13 @@ async def test_what_asks_for_nothing_is_taken(house: House, engine: str) -> None
     assert response.status_code == 200, response.text
 
 
+async def test_a_penalty_that_transformers_takes_for_another_is_not_sent(house: House) -> None:
+    response = await house.post({**HELLO, "model": "transformers", "frequency_penalty": 0.5})
+    assert json.loads(response.content)["error"]["param"] == "frequency_penalty"
+    response = await house.post({**HELLO, "model": "transformers", "frequency_penalty": 0})
+    assert response.status_code == 200
+
+
 @pytest.mark.parametrize("engine", ["transformers", "ollama"])
 async def test_an_engine_that_cannot_echo_is_not_asked_for_no_tokens(house: House, engine: str) -> None:
     response = await house.post({"model": engine, "prompt": "Hi", "max_tokens": 0}, "completions")
