@@ -22,7 +22,7 @@ from gateway.schema.endpoint import expected_choices, texts_in
 from gateway.schema.payload import Part, Parts
 from gateway.settings import Caching, Settings
 from gateway.stores import StoreUnavailable
-from gateway.stores.answers import AnswerStore, Epochs
+from gateway.stores.answers import ALL, AnswerStore, Epochs
 
 logger = logging.getLogger("suiron")
 
@@ -134,7 +134,7 @@ class Cache:
     def _question(self, call: Call, policy: Caching, control: Control) -> "Question":
         model, tenant = call.request.value.model, call.principal.tenant
         key = key_of(tenant, call.endpoint, self._fingerprints.of(model), call.request)
-        return Question(call, key, ("all", f"model:{model}", f"tenant:{tenant}"), policy, control)
+        return Question(call, key, (ALL, f"model:{model}", f"tenant:{tenant}"), policy, control)
 
     async def _look_up(self, question: "Question") -> "Kept | None":
         """What is kept for it, if it is really for it, and nobody has said to forget it since."""
@@ -295,7 +295,7 @@ class Cache:
         """
         if model is not None and model not in self._models:
             raise LookupError(model)
-        scope = f"model:{model}" if model is not None else f"tenant:{tenant}" if tenant is not None else "all"
+        scope = f"model:{model}" if model is not None else f"tenant:{tenant}" if tenant is not None else ALL
         await self._store.forget(scope)
 
     async def start(self) -> None:

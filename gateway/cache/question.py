@@ -9,7 +9,8 @@ import msgspec
 
 from gateway import __version__
 from gateway.adapter import ASKS_NOTHING, UpstreamFacts
-from gateway.schema.endpoint import EMBEDDINGS, Endpoint
+from gateway.schema.chat import ChatRequest
+from gateway.schema.endpoint import CHAT, EMBEDDINGS, Endpoint
 from gateway.schema.payload import Payload
 from gateway.settings import Caching, Settings
 
@@ -68,9 +69,18 @@ def is_admitted(policy: Caching, endpoint: Endpoint, asked: Any) -> bool:
     """Whether answers to such a request may be kept."""
     if policy.mode == "all" or endpoint is EMBEDDINGS:
         return policy.mode != "off"
-    if policy.mode != "deterministic" or getattr(asked, "web_search_options", None) is not None:
-        return False  # the web is another one tomorrow
-    return asked.temperature == 0 or asked.seed is not None
+    if policy.mode != "deterministic" or not (asked.temperature == 0 or asked.seed is not None):
+        return False
+    return endpoint is not CHAT or not _looks_outside(asked)
+
+
+def _looks_outside(asked: ChatRequest) -> bool:
+    """Whether what is answered lies elsewhere, too, and may be another tomorrow: the web, or media by their address."""
+    if asked.web_search_options is not None:
+        return True
+    parts = [part for message in asked.messages if isinstance(message.content, list) for part in message.content]
+    urls = [part.image_url.get("url") for part in parts if part.image_url is not None]
+    return not all(isinstance(url, str) and url.startswith("data:") for url in urls)
 
 
 class Fingerprints:

@@ -10,6 +10,9 @@ from msgspec import Struct
 Epochs = tuple[str, ...]
 """For each scope, which age it is in: `forget` begins a new one, and no age comes back."""
 
+ALL = "all"
+"""The scope of all entries."""
+
 OVERHEAD_BYTES = 250
 """What an entry takes beside itself: a key, a tuple, a place in a dictionary."""
 
@@ -36,7 +39,7 @@ class AnswerStore(Protocol):
     async def start(self) -> None: ...
 
     async def read(self, key: bytes, scopes: Sequence[str]) -> Found:
-        """The first scope is the one of all entries."""
+        """The first scope is `ALL`."""
 
     async def write(self, key: bytes, entry: bytes, ttl_s: float) -> None:
         """Others may have to go for it: those that would end first."""
@@ -102,6 +105,9 @@ class MemoryAnswers:
 
     async def forget(self, scope: str) -> None:
         self._epochs[scope] = self._epochs.get(scope, 0) + 1
+        if scope == ALL:
+            self._entries.clear()
+            self.size_bytes = 0
 
     async def lead(self, key: bytes, token: str, lease_s: float) -> bool:
         return True

@@ -52,7 +52,8 @@ async def missed(house: House) -> set[str]:
     return {who for who, what in (await everybody(house)).items() if what == "miss"}
 
 
-async def test_by_model_by_key_by_team_or_all(answers: Answers) -> None:
+async def test_by_model_by_key_by_team_or_all(answers: Answers, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "suiron")
     async with keeping(both(), auth=AUTH, cache=answers) as house:
         assert len(await missed(house)) == 4
         assert await missed(house) == set()
@@ -68,6 +69,9 @@ async def test_by_model_by_key_by_team_or_all(answers: Answers) -> None:
             assert response.json()["deleted"] is True
             assert await missed(house) == gone, query
             assert await missed(house) == set()
+    said = [record.message for record in caplog.records if "forgotten" in record.message]
+    assert said[0] == "root has kept answers forgotten: of model smart"
+    assert said[-1] == "root has kept answers forgotten: all"
 
 
 async def test_only_an_admins_key_may_and_it_may_nothing_else() -> None:

@@ -70,6 +70,20 @@ async def test_deterministic_means_temperature_0_or_a_seed() -> None:
             assert [await asked(house, body) for _ in range(2)] == ["miss", "hit"]
 
 
+async def test_what_looks_outside_is_not_deterministic() -> None:
+    def picture(url: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+    fixed = HELLO | {"seed": 1}
+    async with keeping(both(), DETERMINISTIC) as house:
+        for body in (fixed | {"web_search_options": {}}, fixed | picture("https://example.com/now.png")):
+            assert [await asked(house, body) for _ in range(2)] == ["bypass", "bypass"]
+        for body in (fixed | picture("data:image/png;base64,AA=="), fixed | picture("data:image/png;base64,AQ==")):
+            assert [await asked(house, body) for _ in range(2)] == ["miss", "hit"]
+    async with keeping(both()) as house:  # who says all says these
+        assert [await asked(house, fixed | picture("https://example.com/now.png")) for _ in range(2)] == ["miss", "hit"]
+
+
 async def test_a_keys_own_policy_goes_before_the_models() -> None:
     keys = (key("on", cache=Caching(mode="all")), key("off", cache=Caching(mode="off")))
     async with keeping(both(), Caching(), keys) as house:

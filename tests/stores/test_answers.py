@@ -154,6 +154,31 @@ async def test_epochs_that_are_lost_do_not_bring_back_what_was_forgotten(
     assert (await kept.read(name(1), SCOPES)).epochs == after
 
 
+async def test_what_was_forgotten_does_not_come_back_where_redis_has_lost_that_it_was(
+    kept: RedisAnswers, redis: RedisServer
+) -> None:
+    """As at a failover to a replica that had not heard of it."""
+    await kept.forget("model:smart")
+    first = (await kept.read(name(1), SCOPES)).epochs
+    for _ in range(2):
+        await kept.forget("model:smart")
+        redis.said("HSET", "{g1:0}:c:epochs", "model:smart", first[1])
+        after = (await kept.read(name(1), SCOPES)).epochs
+        assert after[1] != first[1]
+        assert (after[0], after[2]) == (first[0], first[2])
+    redis.said("HDEL", "{g1:0}:c:epochs", "model:smart")
+    assert (await kept.read(name(1), SCOPES)).epochs[1] not in (first[1], "")
+
+
+async def test_to_forget_all_frees_the_room_in_this_process() -> None:
+    store = MemoryAnswers(MIB)
+    await store.write(name(1), b"one", 60)
+    await store.forget("model:smart")
+    assert len(store) == 1
+    await store.forget("all")
+    assert (len(store), store.size_bytes) == (0, 0)
+
+
 async def test_a_full_redis_keeps_nothing_new_and_gives_what_it_has(kept: RedisAnswers, redis: RedisServer) -> None:
     await kept.write(name(1), b"one", 60)
     await kept.read(name(1), SCOPES)

@@ -1,5 +1,6 @@
 """DELETE /admin/v1/cache: which kept answers are to be given no more?"""
 
+import logging
 from typing import Any
 
 import msgspec
@@ -11,6 +12,8 @@ from gateway.cache import Cache
 from gateway.errors import CacheUnavailable, InvalidRequest
 from gateway.stores import StoreUnavailable
 
+logger = logging.getLogger("suiron")
+
 BY = ("model", "key", "team")
 
 
@@ -18,7 +21,7 @@ def cache_routes(keyring: Keyring, cache: Cache) -> list[HTTPRouteHandler]:
     @delete("/admin/v1/cache", status_code=200)
     async def forget(request: Request[Any, Any, Any]) -> Response[bytes]:
         """Those of a model, of a team, of a key (and its team, which shares them), or without a query all."""
-        keyring.authenticate_admin(request.scope["headers"])
+        admin = keyring.authenticate_admin(request.scope["headers"])
         by, name = _asked(request)
         try:
             if by is None:
@@ -31,6 +34,7 @@ def cache_routes(keyring: Keyring, cache: Cache) -> list[HTTPRouteHandler]:
             raise InvalidRequest(f"There is no {by} '{name[:100]}'.", param=by, code="not_found") from None
         except StoreUnavailable:
             raise CacheUnavailable from None
+        logger.info("%s has kept answers forgotten: %s", admin, "all" if by is None else f"of {by} {name}")
         document = {"object": "cache", "deleted": True} | ({} if by is None else {by: name})
         told = {"cache-control": "no-store"}
         return Response(msgspec.json.encode(document), media_type="application/json", headers=told)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ PARTITIONS = tuple(range(0, 64, 4))
 EPOCHS = 0
 PATIENCE_S = 0.25
 """How long Redis may take to connect, or to reply to what nobody waits for."""
+REMEMBERED = 32
+"""Epochs of a scope that were ended by this process."""
 ALMOST = 0.8
 """Of the time that a reply may take: so long has that of a late server been waited for, whenever it was asked."""
 
@@ -47,6 +50,7 @@ class RedisAnswers:
         self._lead = Script("lead", False)
         self._follow = Script("follow", False)
         self._late: dict[Node, int] = {}
+        self._over: dict[str, deque[bytes | None]] = {}
         self._loop: asyncio.AbstractEventLoop
         self._places: Places
         self._calls: Calls
@@ -81,7 +85,15 @@ class RedisAnswers:
         if found[0] is None:
             await self._ask(EPOCHS, packed("HSETNX", _EPOCHS, scopes[0], secrets.token_hex(8)))
             found = await self._ask(EPOCHS, epochs)
+        if self._over and (back := self._come_back(scopes, found)):
+            for scope in back:
+                await self.forget(scope)
+            found = await self._ask(EPOCHS, epochs)
         return Found(entry, tuple([(epoch or b"").decode() for epoch in found]))
+
+    def _come_back(self, scopes: Sequence[str], epochs: Sequence[bytes | None]) -> list[str]:
+        """Those of *scopes* that are in an epoch again which was over."""
+        return [scope for scope, epoch in zip(scopes, epochs, strict=True) if epoch in self._over.get(scope, ())]
 
     async def write(self, key: bytes, entry: bytes, ttl_s: float) -> None:
         partition = _partition(key)
@@ -91,7 +103,12 @@ class RedisAnswers:
         await self._run(partition, self._keep, keys, arguments)
 
     async def forget(self, scope: str) -> None:
+        """A server that fails over may lose it, and an epoch come back that was over: it is remembered here."""
+        before = await self._ask(EPOCHS, packed("HGET", _EPOCHS, scope))
         await self._ask(EPOCHS, packed("HSET", _EPOCHS, scope, secrets.token_hex(8)))
+        over = self._over.setdefault(scope, deque(maxlen=REMEMBERED))
+        if before not in over:
+            over.append(before)
 
     async def lead(self, key: bytes, token: str, lease_s: float) -> bool:
         partition = _partition(key)
