@@ -141,7 +141,7 @@ class Limiter:
                 return decision
         call.degraded = True
         call.headers["x-suiron-enforcement"] = "degraded"
-        self._shares = self._shares or Shares(self._store.replicas, self._used)
+        self._shares = self._shares or Shares(self._store, self._used)
         admitted = False
         try:
             decision = await self._shares.admit(terms, reservation)

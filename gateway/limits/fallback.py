@@ -12,6 +12,7 @@ from gateway.stores import (
     Decision,
     Lease,
     LedgerUnavailable,
+    LimitStore,
     Metric,
     Plan,
     Quota,
@@ -39,18 +40,24 @@ class Shares:
     exceeded by more than what was in flight.
     """
 
-    def __init__(self, replicas: int, used: Used, now_ms: Callable[[], int] = clock_ms) -> None:
+    def __init__(self, store: LimitStore, used: Used, now_ms: Callable[[], int] = clock_ms) -> None:
         self._memory = MemoryStore(_nothing, now_ms)
         self._now_ms = now_ms
-        self._replicas = max(1, replicas)
+        self._replicas, self._rank = max(1, store.replicas), store.rank
         self._used = used
         self._plans: dict[int, tuple[Plan, float]] = {}
         """Of each plan the rules here, and until when: then a quota starts anew."""
 
     async def admit(self, terms: Terms, reservation: Reservation) -> Decision:
-        """Raises LimiterUnavailable."""
+        """Raises LimiterUnavailable, also for what is too large for a share of a rate, and not for the rate."""
         plan = self._begun(terms.plan) or await self._begin(terms)
-        return await self._memory.admit(self._here(plan, reservation))
+        decision = await self._memory.admit(self._here(plan, reservation))
+        if decision.denied is not None and decision.wait_ms is None:
+            rule = terms.terms[decision.denied].rule
+            cost = 1 if isinstance(rule, Lease) else getattr(reservation.costs, rule.metric)
+            if cost <= rule.limit and not isinstance(rule, Quota):
+                raise LimiterUnavailable
+        return decision
 
     def settle(self, reservation: Reservation, actual: Costs, *, exact: bool) -> None:
         plan, _ = self._plans.get(id(reservation.plan)) or (None, 0)
@@ -97,7 +104,8 @@ class Shares:
             return msgspec.structs.replace(rule, shadow=True)
         if term.on_loss == "closed":
             raise LimiterUnavailable
-        share = -(-rule.limit // self._replicas)
+        share, over = divmod(rule.limit, self._replicas)
+        share += self._rank < over  # all shares together are the limit
         if isinstance(rule, Lease):  # nobody keeps it up here, and if this process dies, so does what it counts
             return msgspec.structs.replace(rule, limit=share, lease_ms=LEASE_MS)
         if isinstance(rule, Window):

@@ -172,6 +172,10 @@ class LimitStore(Protocol):
     def replicas(self) -> int:
         """How many processes share the store, this one among them, as far as was last seen."""
 
+    @property
+    def rank(self) -> int:
+        """Which of the processes that share the store this one is, from 0."""
+
     async def start(self) -> None:
         """Reach for the store. Does not fail: what is not there is looked for in the background from now on."""
 

@@ -43,6 +43,7 @@ class MemoryStore:
 
     available = True
     replicas = 1
+    rank = 0
 
     def __init__(
         self,

@@ -357,15 +357,23 @@ async def test_what_was_used_up_in_a_window_that_is_over_holds_nobody_up() -> No
     terms.seen = Decision(remaining=[0], reset_ms=[60_000], at_ms=NOON_MS)
     for age_s, admitted in ((0, False), (61, True)):
         terms.seen_s = time.monotonic() - age_s
-        decision = await Shares(1, Ledger().used).admit(terms, Reservation(terms.plan, "req_1", Costs()))
+        decision = await Shares(one_of(1), Ledger().used).admit(terms, Reservation(terms.plan, "req_1", Costs()))
         assert (decision.denied is None) == admitted
 
 
-def sharing(limits: str, clock: Clock, seen: Decision | None, used: Used, age_s: float = 0) -> tuple[Shares, Terms]:
-    """The share of one of two replicas, when the store was last heard *age_s* ago."""
+def sharing(
+    limits: str, clock: Clock, seen: Decision | None, used: Used, *, rank: int = 0, replicas: int = 2
+) -> tuple[Shares, Terms]:
+    """The share of one of the replicas, when the store has just been heard."""
     terms = terms_of(configured(limits), Principal("alice", "t", team="red"), "smart")
-    terms.seen, terms.seen_s = seen, time.monotonic() - age_s
-    return Shares(2, used, clock), terms
+    terms.seen, terms.seen_s = seen, time.monotonic()
+    return Shares(one_of(replicas, rank), used, clock), terms
+
+
+def one_of(replicas: int, rank: int = 0) -> MemoryStore:
+    store = MemoryStore(nothing_used)
+    store.replicas, store.rank = replicas, rank
+    return store
 
 
 async def asked(shares: Shares, terms: Terms, times: int) -> int:
@@ -403,6 +411,27 @@ async def test_what_was_used_before_an_outage_leaves_when_it_would_have_left() -
     assert await asked(shares, terms, 5) == 0
     clock.ms += 4_000
     assert await asked(shares, terms, 5) == 3
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10])
+@pytest.mark.parametrize("name", ["requests_per_minute", "concurrent_requests"])
+async def test_all_shares_together_are_the_limit(name: str, limit: int) -> None:
+    shares = [sharing(f"{name}: {limit}", Clock(), None, nothing_used, rank=rank, replicas=3) for rank in range(3)]
+    for share, terms in shares[limit:]:  # for them there is nothing
+        with pytest.raises(LimiterUnavailable):
+            await share.admit(terms, Reservation(terms.plan, "req_1", Costs()))
+    assert sum([await asked(*one, 20) for one in shares[:limit]]) == limit
+
+
+async def test_what_is_too_large_for_a_share_alone_is_told_to_come_again() -> None:
+    async with losing("tokens_per_minute: 1000", replicas=3) as stage:
+        stage.store.available = False
+        assert (await stage.ask(max_tokens=200)).status_code == 200
+        later = await stage.ask(max_tokens=600)
+        assert (later.status_code, later.json()["error"]["code"]) == (503, "limiter_unavailable")
+        assert later.headers["retry-after"] == "1"
+        never = await stage.ask(max_tokens=1200)
+        assert (never.status_code, never.json()["error"]["code"]) == (400, "request_too_large")
 
 
 async def test_a_long_answer_keeps_its_place_in_an_outage() -> None:

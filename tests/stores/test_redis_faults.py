@@ -438,6 +438,7 @@ async def test_replicas_count_each_other(redis: RedisServer) -> None:
             assert (first.replicas, second.replicas) == (1, 2)
             await first._count_members()
             assert first.replicas == 2
+            assert {first.rank, second.rank} == {0, 1}
         for seen in (2, 2, 1):
             await first._count_members()
             assert first.replicas == seen

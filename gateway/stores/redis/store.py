@@ -58,7 +58,8 @@ class RedisStore:
         """Raises ValueError where the URL is no store's."""
         self.counts = StoreCounts()
         self.replicas = 1
-        self._members: deque[int] = deque(maxlen=MEMBER_COUNTS)
+        self.rank = 0
+        self._members: deque[tuple[int, int]] = deque(maxlen=MEMBER_COUNTS)
         self._where = parse(options.url or "", options.password.reveal() if options.password else None)
         self._timeout_s = options.timeout_s
         self._changed = changed
@@ -231,8 +232,11 @@ class RedisStore:
 
     async def _count_members(self) -> None:
         arguments = (self._name.encode(), MEMBER_MS)
-        self._members.append(await self._calls.call(self._scripts.members, 0, [key(0, "m")], arguments))
-        self.replicas = max(self._members)  # a Redis that has just lost all counts only those that have come back
+        count, rank = await self._calls.call(self._scripts.members, 0, [key(0, "m")], arguments)
+        self._members.append((count, rank))
+        self.replicas, self.rank = max(
+            self._members
+        )  # a Redis that has just lost all counts only those that have come back
 
     async def aclose(self) -> None:
         if not self._nodes:
