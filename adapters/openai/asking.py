@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
 from adapters.openai.options import Switches
 from gateway.errors import InvalidRequest
-from gateway.schema.chat import ChatRequest
+from gateway.schema.chat import ChatRequest, without_developers
 from gateway.schema.common import INT64, Object
 from gateway.schema.completions import DEFAULT_MAX_TOKENS
 from gateway.schema.endpoint import CHAT, Endpoint
@@ -17,8 +16,6 @@ INCLUDE_USAGE = {"include_usage": True}
 MAX_EXCHANGES = 128
 HINTS = frozenset("service_tier verbosity modalities".split())
 """What only OpenAI's own servers take, and what a server that does not know it may refuse."""
-
-_MESSAGES = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 
 
 class Alone(Payload[Any]):
@@ -99,11 +96,7 @@ def _write_chat(fields: Object, asked: ChatRequest, given: Switches) -> None:
         fields.pop("max_tokens", None)
         fields.pop("max_completion_tokens", None)
         fields[given.limit] = asked.limit
-    if not given.developer_role and any(message.role == "developer" for message in asked.messages):
-        messages: list[Object] = list(_MESSAGES.decode(fields["messages"]))
-        for message, sent in zip(asked.messages, messages, strict=True):
-            if message.role == "developer":
-                sent["role"] = "system"
+    if not given.developer_role and (messages := without_developers(asked, fields["messages"])):
         fields["messages"] = messages
     if not given.fetch_media:
         for position, message in enumerate(asked.messages):

@@ -152,7 +152,7 @@ class Adapter(HTTPAdapter):
             write_sampling(fields, asked, draw, self._options)
             if endpoint is CHAT:
                 check_chat(asked, self._options)
-                write_chat(fields, asked, self._context.get(dispatch.model))
+                write_chat(fields, asked, self._context.get(dispatch.model), self._options)
             else:
                 write_completion(fields, asked, draw)
             if self._options.cache_salt:

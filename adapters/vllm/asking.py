@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from adapters.vllm.drawing import Draw
 from gateway.errors import InvalidRequest
-from gateway.schema.chat import ChatRequest, ContentPart
+from gateway.schema.chat import ChatRequest, ContentPart, without_developers
 from gateway.schema.common import Object
 from gateway.schema.completions import CompletionRequest
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, texts_in
@@ -56,14 +56,15 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `cache_salt`: prefixes are shared within a tenant only. `vision`, `audio`: the model takes them; where it is not
     said of images, vLLM itself refuses them. `fetch_images`: images may be at other URLs than `data:`, for vLLM to
-    fetch. `defaults`: what is sent where a request leaves it out; with {} that is what the model's own
-    `generation_config` says.
+    fetch. `developer_role`: the model's template knows it, else `system` is sent. `defaults`: what is sent where a
+    request leaves it out; with {} that is what the model's own `generation_config` says.
     """
 
     cache_salt: bool = False
     vision: bool | None = None
     audio: bool = False
     fetch_images: bool = False
+    developer_role: bool = True
     defaults: dict[str, float] = msgspec.field(default_factory=lambda: dict(DEFAULTS))
 
 
@@ -95,7 +96,9 @@ def _check_part(part: ContentPart, options: Options, where: str) -> None:
     refuse(where, elsewhere and not options.fetch_images, "An image that is not a data: URL")
 
 
-def write_chat(fields: Object, asked: ChatRequest, context_tokens: int | None) -> None:
+def write_chat(fields: Object, asked: ChatRequest, context_tokens: int | None, options: Options) -> None:
+    if not options.developer_role and (messages := without_developers(asked, fields["messages"])):
+        fields["messages"] = messages
     if asked.limit is not None:
         fields["max_completion_tokens"] = min(asked.limit, context_tokens or asked.limit)
     if asked.response_format is not None and asked.response_format.type == "text":

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.errors import InvalidRequest
 from gateway.schema.common import (
@@ -152,6 +153,17 @@ class ChatRequest(Struct, kw_only=True):
             raise InvalidRequest(
                 "Completions are not stored here; leave `store` out.", param="store", code="unsupported_parameter"
             )
+
+
+_WRITTEN = msgspec.json.Decoder(list[dict[str, Raw]])
+
+
+def without_developers(asked: ChatRequest, messages: bytes) -> list[dict[str, Any]] | None:
+    """*messages* of a request, with the role `system` where it says `developer`; None where it does so nowhere."""
+    if all(message.role != "developer" for message in asked.messages):
+        return None
+    pairs = zip(asked.messages, _WRITTEN.decode(messages), strict=True)
+    return [{**raw, "role": "system"} if message.role == "developer" else raw for message, raw in pairs]
 
 
 def _check_message(message: Message, where: str) -> None:

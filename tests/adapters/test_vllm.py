@@ -193,6 +193,13 @@ def test_what_vllm_cannot_honour_is_refused_by_name(endpoint: Endpoint, changes:
     assert caught.value.param == param
 
 
+def test_a_template_that_knows_no_developer_is_given_a_system() -> None:
+    asked = [{"role": "developer", "content": "x", "name": "d"}, {"role": "user", "content": "Hi"}]
+    for adapter, role in ((vllm(), "developer"), (vllm(developer_role=False), "system")):
+        body = json.loads(adapter.encode(CHAT, a_call(CHAT, messages=asked).request, DISPATCH).body)
+        assert body["messages"] == [{**asked[0], "role": role}, asked[1]]
+
+
 def test_options_let_in_what_only_the_operator_can_know() -> None:
     sent(CHAT, vllm(audio=True, fetch_images=True), **said_in(AUDIO, URL))
     sent(CHAT, **said_in({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}))
