@@ -58,8 +58,8 @@ class Mock:
         await self._pass(received, "answering", 0)
         for piece in range(PIECES):
             writer.write(body[piece * len(body) // PIECES : (piece + 1) * len(body) // PIECES])
+            self.asked[request_id] = PIECES * (piece == PIECES - 1)  # with the last byte all of it is given
             await self._pass(received, "piece", piece)
-        self.asked[request_id] = PIECES
 
     async def _stream(self, request_id: str, received: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(head(200, {"content-type": "text/event-stream", "transfer-encoding": "chunked"}))
