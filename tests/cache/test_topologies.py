@@ -125,8 +125,7 @@ async def test_of_a_cluster_only_the_server_that_is_late_is_left_alone() -> None
         await store.aclose()
 
 
-@pytest.mark.parametrize("fail", [RedisServer.freeze, RedisServer.kill])
-@pytest.mark.parametrize("partition", [EPOCHS, PARTITIONS[1]])
+@pytest.mark.parametrize(("partition", "fail"), [(EPOCHS, RedisServer.freeze), (PARTITIONS[1], RedisServer.kill)])
 async def test_a_server_of_a_cluster_that_hangs_or_dies_costs_hits_until_another_steps_in(
     partition: int, fail: Callable[[RedisServer], None]
 ) -> None:
