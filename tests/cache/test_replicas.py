@@ -9,10 +9,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from gateway.settings import Answers
+from gateway.settings import Answers, Auth
 from tests.cache.conftest import STREAM, Playing, both, hello, keeping, probed, settings_with
+from tests.cache.test_admin import ADMIN, forget
 from tests.cache.test_flights import Stepwise, asking, text_of
-from tests.house import HELLO, House, running
+from tests.house import HELLO, KEY, House, running
 from tests.stores.proxy import Proxy, proxy_to
 from tests.stores.servers import RedisServer, redis_server
 
@@ -196,19 +197,21 @@ async def test_a_slow_redis_is_waited_for_no_longer_than_it_may_take(redis: Redi
             assert state(await house.post(STREAM)) == "miss"
 
 
-async def test_a_full_redis_costs_the_cache_and_no_answer(redis: RedisServer) -> None:
-    adapter = both()
-    async with replicas(redis, adapter) as (house,):
+async def test_a_full_redis_costs_the_cache_and_no_answer_and_still_forgets(redis: RedisServer) -> None:
+    answers = Answers(url=redis.url, timeout_s=1.0)
+    async with keeping(both(), auth=Auth(keys=[KEY], admin_keys=[ADMIN]), cache=answers) as house:
         await house.post(HELLO | {"seed": 1})
         redis.said("CONFIG", "SET", "maxmemory", "1")
         try:
             for _ in range(3):
                 assert state(await house.post(HELLO | {"seed": 2})) == "miss"
             assert state(await house.post(HELLO | {"seed": 1})) == "hit"
+            assert (await forget(house, "?model=smart")).status_code == 200
+            assert state(await house.post(HELLO | {"seed": 1})) == "miss"
         finally:
             redis.said("CONFIG", "SET", "maxmemory", "0")
-        await house.post(HELLO | {"seed": 2})
-        assert state(await house.post(HELLO | {"seed": 2})) == "hit"
+        assert state(await house.post(HELLO | {"seed": 1})) == "miss"
+        assert state(await house.post(HELLO | {"seed": 1})) == "hit"
 
 
 async def test_an_evicting_redis_costs_hits_and_no_answer(redis: RedisServer) -> None:

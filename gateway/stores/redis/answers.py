@@ -30,6 +30,10 @@ ALMOST = 0.8
 logger = logging.getLogger("suiron")
 
 
+class _Full(StoreUnavailable):
+    """It takes nothing more, and may be read from all the same."""
+
+
 class RedisAnswers:
     """
     *max_bytes* in all, shared out evenly; *timeout_s* for what a request waits for.
@@ -105,7 +109,10 @@ class RedisAnswers:
     async def forget(self, scope: str) -> None:
         """A server that fails over may lose it, and an epoch come back that was over: it is remembered here."""
         before = await self._ask(EPOCHS, packed("HGET", _EPOCHS, scope))
-        await self._ask(EPOCHS, packed("HSET", _EPOCHS, scope, secrets.token_hex(8)))
+        try:
+            await self._ask(EPOCHS, packed("HSET", _EPOCHS, scope, secrets.token_hex(8)))
+        except _Full:  # but for what takes something away: then all is forgotten
+            await self._ask(EPOCHS, packed("DEL", _EPOCHS))
         over = self._over.setdefault(scope, deque(maxlen=REMEMBERED))
         if before not in over:
             over.append(before)
@@ -172,7 +179,7 @@ class RedisAnswers:
     ) -> Any:
         reply = await asked
         if isinstance(reply, ReplyError) and str(reply).startswith("OOM"):
-            raise StoreUnavailable("full")  # for entries only: it may be read from all the same
+            raise _Full(str(reply))
         if isinstance(reply, Lost | ReplyError):
             return await self._calls.again(partition, reply, anew or (lambda whole: command))
         return reply
