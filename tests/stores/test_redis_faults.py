@@ -11,7 +11,7 @@ import pytest
 import redis as redis_py
 
 from gateway.settings import Secret, Store
-from gateway.stores import Costs, Lease, Plan, Quota, Reservation, StoreUnavailable, Window
+from gateway.stores import Costs, Decision, Lease, Plan, Quota, Reservation, StoreUnavailable, Window
 from gateway.stores.redis import RedisStore
 from tests.stores.conftest import Ledger
 from tests.stores.proxy import proxy_to
@@ -116,6 +116,30 @@ async def test_when_redis_dies_no_request_waits_long_and_what_was_settled_arrive
         store.recorded({under_way.request_id: ledger.add(scope, time.time_ns() // 1_000_000, 70)})
         await store.delivered()
         assert (await store.admit(asking(plan, 0))).remaining == [930, 930]
+
+
+async def test_what_was_settled_in_an_outage_arrives_before_what_is_asked_after_it(own_redis: RedisServer) -> None:
+    plan = plan_of()
+    first: list[asyncio.Task[Decision]] = []
+
+    def changed(is_back: bool) -> None:
+        if is_back:
+            first.append(asyncio.create_task(store.admit(asking(plan, 0))))
+
+    store = RedisStore(Store(url=own_redis.url, timeout_s=PATIENT_S), Ledger(), changed=changed)
+    await store.start()
+    try:
+        own_redis.kill()
+        while store.available:
+            with suppress(StoreUnavailable):
+                await store.admit(asking(plan))
+        for _ in range(40):  # as a share has admitted them
+            store.settle(asking(plan), Costs(10), exact=True)
+        own_redis.start()
+        await until(lambda: first)
+        assert (await first[0]).remaining == [59, 600]
+    finally:
+        await store.aclose()
 
 
 async def test_a_frozen_redis_costs_its_timeout_a_few_times_and_then_nothing(own_redis: RedisServer) -> None:

@@ -129,6 +129,12 @@ class Settlements:
         self._counts.dropped += 1
         self._progress.set()
 
+    def hurry(self) -> None:
+        """The store is back: what waits for it goes before what it is asked from now on."""
+        if self._again is not None:
+            self._again.cancel()
+            self._try_again()
+
     def _try_again_soon(self) -> None:
         if self._again is None:
             self._again = self._loop.call_later(AGAIN_S, self._try_again)

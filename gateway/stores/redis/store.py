@@ -113,6 +113,7 @@ class RedisStore:
             self._places.unwell(node)
         else:
             self._back_since_s = self._loop.time()
+            self._settlements.hurry()
         self._look_around()
 
     def _look_around(self) -> None:
