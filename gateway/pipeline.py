@@ -47,6 +47,7 @@ class Pipeline:
             async for arrived in parts:
                 call.arrived(arrived)
                 yield arrived
+            self._tokens.ended(call)
         finally:
             await parts.aclose()
 

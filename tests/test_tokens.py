@@ -377,6 +377,18 @@ def test_a_stream_that_nobody_counted_has_at_least_a_token_a_piece() -> None:
     assert call.reckoned
 
 
+def test_what_a_client_was_told_is_what_it_is_billed_and_teaches_nothing() -> None:
+    tokens = Tokens(settings())
+    call = cut_short(said("Hi", stream=True, stream_options={"include_usage": True}), pieces("A", "b"), pieces("c"))
+    before = tokens.prompt(said("Hi")).tokens
+    tokens.ended(call)
+    told, call.outcome = call.usage, "completed"
+    tokens.settle(call)
+    assert told is not None
+    assert told.completion_tokens == 3
+    assert (call.usage, call.reckoned, tokens.prompt(said("Hi")).tokens) == (told, True, before)
+
+
 def test_pieces_of_many_tokens_are_counted_by_what_the_model_has_shown() -> None:
     tokens = Tokens(settings())
     for _ in range(200):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from gateway.adapter import UpstreamFacts
-from gateway.call import Call, Estimate
+from gateway.call import Call, Estimate, Heard
 from gateway.errors import ContextLengthExceeded, GatewayError
 from gateway.models import Target
 from gateway.schema.common import Usage
@@ -116,6 +116,13 @@ class Tokens:
         counted = 0 if call.usage is None else call.usage.completion_tokens
         return max(0, counted) + self._of(call).uncounted(call.heard)
 
+    def ended(self, call: Call) -> None:
+        """A whole stream has come: whoever asked for its usage is told our own count, where no upstream counted."""
+        if call.usage is None and call.streamed and call.include_usage:
+            call.usage = self._reckoned(call)
+            call.reckoned = True
+            call.heard = Heard()  # it is counted now
+
     def settle(self, call: Call) -> None:
         """
         Completes `call.usage` where upstreams did not count all that they gave, and learns where they did.
@@ -126,7 +133,7 @@ class Tokens:
         if usage is None or call.heard.pieces or not (completed or usage.prompt_tokens):
             call.usage = self._reckoned(call)
             call.reckoned = call.usage is not None
-        elif completed and call.attempts:  # from the cache, it would be learned again and again
+        elif completed and call.attempts and not call.reckoned:  # from the cache, it would be learned again and again
             self._of(call).learn(call, usage)
 
     def _reckoned(self, call: Call) -> Usage | None:

@@ -154,6 +154,17 @@ async def test_a_stream_is_role_text_finish_usage_done(stage: Stage, asked: bool
     assert stage.sent["stream_options"] == {"include_usage": True}
 
 
+async def test_usage_that_no_upstream_tells_is_our_own_count(stage: Stage) -> None:
+    told_nothing = [event for event in hello_stream() if b'"usage"' not in event]
+    *chunks, last, done = await stage.events(stream_reply(*told_nothing), **ASK_USAGE)
+    usage = last["usage"]
+    assert (last["choices"], done) == ([], "[DONE]")
+    assert all(each["usage"] is None for each in chunks)
+    assert usage["completion_tokens"] == 2, "a token for each piece"
+    assert usage["prompt_tokens"] > 0
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 2
+
+
 @pytest.mark.parametrize("tier", [None, "flex"])
 async def test_every_chunk_names_the_tier_to_who_asked_for_one(stage: Stage, tier: str | None) -> None:
     chunks = [chunk({"content": text}, service_tier=tier) for text in ("a", "b", "c")]
@@ -303,7 +314,8 @@ async def test_streams_of_all_engines_become_openais(stage: Stage, received: lis
     assert events.pop() == "[DONE]"
     if events[-1]["choices"] == []:
         assert asked
-        assert events.pop()["usage"] == USAGE
+        told = events.pop()["usage"]
+        assert told["total_tokens"] == told["prompt_tokens"] + told["completion_tokens"]
     assert all(len(chunk["choices"]) == 1 for chunk in events)
     assert all(
         set(chunk) == {"id", "object", "created", "model", "choices"} | set(["usage"] * asked) for chunk in events
