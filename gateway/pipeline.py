@@ -43,11 +43,15 @@ class Pipeline:
         if costs is not None:
             await self._limiter.admit(call, costs)
         parts = self._cache.through(call, lambda generation: self._router.answer(generation, targets))
+        streamed = call.streamed
         try:
             async for arrived in parts:
                 call.arrived(arrived)
+                if not streamed:
+                    self._tokens.ended(call)
                 yield arrived
-            self._tokens.ended(call)
+            if streamed:
+                self._tokens.ended(call)
         finally:
             await parts.aclose()
 

@@ -63,7 +63,7 @@ async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[P
 def whole(call: Call, part: Part[Any]) -> Part[Any]:
     """A completion with every member OpenAI requires and no null that its schema forbids."""
     members: dict[str, Any] = {name: raw for name, raw in _MEMBERS.decode(part.wire).items() if raw != NULL}
-    usage = _tidy_usage(members.pop("usage", None), part.usage, call.endpoint.streams)
+    usage = _tidy_usage(members.pop("usage", None), part.usage or call.usage, call.endpoint.streams)
     members["object"] = call.endpoint.object
     members["model"] = call.request.value.model
     if call.endpoint.streams:

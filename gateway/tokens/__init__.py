@@ -117,8 +117,8 @@ class Tokens:
         return max(0, counted) + self._of(call).uncounted(call.heard)
 
     def ended(self, call: Call) -> None:
-        """A whole stream has come: whoever asked for its usage is told our own count, where no upstream counted."""
-        if call.usage is None and call.streamed and call.include_usage:
+        """An answer has come: whoever is to be told its usage is told our own count, where no upstream counted."""
+        if call.usage is None and (not call.streamed or call.include_usage):
             call.usage = self._reckoned(call)
             call.reckoned = True
             call.heard = Heard()  # it is counted now

@@ -191,7 +191,6 @@ async def test_null_members_of_the_answer_itself_go_and_others_stay(stage: Stage
             USAGE | {"prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": None}},
             USAGE | {"prompt_tokens_details": {"cached_tokens": 1}},
         ),
-        (None, None),
         ({"prompt_tokens": -3, "completion_tokens": 2, "total_tokens": -1}, None),
     ],
 )
@@ -219,6 +218,13 @@ async def test_an_answer_with_a_choice_missing_or_unfinished_is_an_error(stage: 
     script = json_reply(completion(finish_reason=reason))
     response = await stage.post(script, n=1 if not reason else 2)
     assert response.status_code == 502
+
+
+async def test_usage_that_no_upstream_tells_is_our_own_count(stage: Stage) -> None:
+    answer = {name: value for name, value in completion("Hello").items() if name != "usage"}
+    usage = (await stage.post(json_reply(answer))).json()["usage"]
+    assert min(usage["prompt_tokens"], usage["completion_tokens"]) > 0
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
 # Headers.
