@@ -9,8 +9,8 @@ from gateway.stores import StoreUnavailable
 from gateway.stores.answers import AnswerStore, Epochs
 
 LEASE_S = 6.0
-RENEW_S = 2.0
-"""How often who leads says so, by which others know that it is alive: two of three may be lost."""
+RENEWALS = 3
+"""How often within a lease who leads says so: all but one may be lost."""
 
 
 class Lead:
@@ -20,8 +20,9 @@ class Lead:
     Where nobody can say who leads, everybody does.
     """
 
-    def __init__(self, store: AnswerStore, key: bytes, epochs: Epochs) -> None:
+    def __init__(self, store: AnswerStore, key: bytes, epochs: Epochs, lease_s: float = LEASE_S) -> None:
         self.epochs = epochs
+        self._lease_s = lease_s
         self._store = store
         self._key = digest((key, *(epoch.encode() for epoch in epochs)))
         self._token = secrets.token_hex(8)
@@ -31,7 +32,7 @@ class Lead:
     async def take(self) -> bool:
         """Whether this one leads, from now on."""
         try:
-            return await self._store.lead(self._key, self._token, LEASE_S)
+            return await self._store.lead(self._key, self._token, self._lease_s)
         except StoreUnavailable:
             return True
 
@@ -44,7 +45,7 @@ class Lead:
 
     def keep(self) -> None:
         """From now on, until it is left."""
-        self._due = asyncio.get_running_loop().call_later(RENEW_S, self._renew)
+        self._due = asyncio.get_running_loop().call_later(self._lease_s / RENEWALS, self._renew)
 
     def _renew(self) -> None:
         self._renewing = asyncio.ensure_future(self._take_again())

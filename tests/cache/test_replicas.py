@@ -9,7 +9,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from gateway.cache.lead import Lead
 from gateway.settings import Answers, Auth
+from gateway.stores.redis.answers import RedisAnswers
 from tests.cache.conftest import STREAM, Playing, both, hello, keeping, probed, settings_with
 from tests.cache.test_admin import ADMIN, forget
 from tests.cache.test_flights import Stepwise, asking, text_of
@@ -109,6 +111,24 @@ async def test_who_waits_for_another_replica_waits_no_more_when_that_answer_is_f
         first.go()
         await leader
     assert second.calls == 1
+
+
+async def test_who_leads_does_so_for_as_long_as_it_takes(redis: RedisServer) -> None:
+    store = RedisAnswers(redis.url, None, 1.0, 2**20)
+    await store.start()
+    one, two, other = (Lead(store, bytes(32), (epoch,), lease_s=0.3) for epoch in "aab")
+    assert await one.take()
+    one.keep()
+    for _ in range(10):
+        await asyncio.sleep(0.1)
+        assert not await two.take()
+        assert await two.is_taken()
+    assert await other.take()  # who asks in another epoch does not ask the same
+    await one.leave()
+    assert await two.take()
+    await asyncio.sleep(0.5)
+    assert not await two.is_taken()
+    await store.aclose()
 
 
 async def test_when_the_one_that_generates_comes_to_nothing_the_next_does_and_not_all(redis: RedisServer) -> None:
