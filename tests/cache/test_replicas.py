@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -114,21 +114,20 @@ async def test_who_waits_for_another_replica_waits_no_more_when_that_answer_is_f
 
 
 async def test_who_leads_does_so_for_as_long_as_it_takes(redis: RedisServer) -> None:
-    store = RedisAnswers(redis.url, None, 1.0, 2**20)
-    await store.start()
-    one, two, other = (Lead(store, bytes(32), (epoch,), lease_s=0.3) for epoch in "aab")
-    assert await one.take()
-    one.keep()
-    for _ in range(10):
-        await asyncio.sleep(0.1)
-        assert not await two.take()
-        assert await two.is_taken()
-    assert await other.take()  # who asks in another epoch does not ask the same
-    await one.leave()
-    assert await two.take()
-    await asyncio.sleep(0.5)
-    assert not await two.is_taken()
-    await store.aclose()
+    async with aclosing(RedisAnswers(redis.url, None, 1.0, 2**20)) as store:
+        await store.start()
+        one, two, other = (Lead(store, bytes(32), (epoch,), lease_s=0.3) for epoch in "aab")
+        assert await one.take()
+        one.keep()
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            assert not await two.take()
+            assert await two.is_taken()
+        assert await other.take()  # who asks in another epoch does not ask the same
+        await one.leave()
+        assert await two.take()
+        await asyncio.sleep(0.5)
+        assert not await two.is_taken()
 
 
 async def test_when_the_one_that_generates_comes_to_nothing_the_next_does_and_not_all(redis: RedisServer) -> None:
