@@ -199,6 +199,9 @@ class UpstreamServer:
                 try:
                     await self.script(received, writer)
                     await writer.drain()
+                except (ConnectionError, RuntimeError):
+                    received.gone.set()  # writing found out before the watch did
+                    raise
                 finally:
                     watch.cancel()
                     await asyncio.gather(watch, return_exceptions=True)
@@ -214,7 +217,7 @@ class UpstreamServer:
             writer.close()
 
     async def _watch(self, reader: asyncio.StreamReader, received: Received) -> None:
-        while not reader.at_eof():  # noqa: ASYNC110 - reading would take the next request's bytes; nobody pipelines here
+        while not reader.at_eof() and reader.exception() is None:  # noqa: ASYNC110 - reading would take what comes next
             await asyncio.sleep(0.005)
         received.gone.set()
 
