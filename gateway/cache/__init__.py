@@ -73,7 +73,7 @@ class Cache:
         self.counts = CacheCounts()
         self._models = {name: model.cache for name, model in settings.models.items()}
         self._keys = {key.name: key.cache for key in settings.auth.keys if key.cache is not None}
-        self._wait_s = settings.cache.wait_s
+        self._waits_s = {name: _wait_s(settings, name) for name in settings.models}
         self._store = store
         self._fingerprints = fingerprints
         self._now = now
@@ -268,7 +268,7 @@ class Cache:
 
     async def _found_elsewhere(self, question: "Question", lead: Lead) -> "Kept | None":
         """The answer that another process generates; None where this one is to, or has waited for long enough."""
-        until = time.monotonic() + self._wait_s
+        until = time.monotonic() + self._waits_s[question.call.request.value.model]
         while not await lead.take():
             kept = await self._awaited(question, lead, until)
             if kept is not None or time.monotonic() >= until or question.epochs != lead.epochs:
@@ -330,6 +330,12 @@ class Kept:
 
     at: float
     track: Track
+
+
+def _wait_s(settings: Settings, model: str) -> float:
+    """How long another replica may be waited for: there must be time left for an answer of one's own."""
+    upstreams = [settings.upstreams[target.upstream] for target in settings.models[model].targets]
+    return min(settings.cache.wait_s, max(upstream.timeouts.total_s for upstream in upstreams) / 2)
 
 
 def _mark(call: Call, state: CacheState) -> None:

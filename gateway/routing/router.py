@@ -199,7 +199,7 @@ class _Passage:
         self._generations = 0
         self._error: UpstreamError | None = None
         self._refusal: InvalidRequest | None = None
-        self.deadline = router.latest_end(targets)
+        self.deadline = router.latest_end(targets) - (call.clock() - call.started)
 
     def __enter__(self) -> "_Passage":
         self._router.in_flight += 1

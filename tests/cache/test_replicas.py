@@ -7,10 +7,11 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 
 from gateway.cache.lead import Lead
-from gateway.settings import Answers, Auth
+from gateway.settings import Answers, Auth, Timeouts, Upstream
 from gateway.stores.redis.answers import RedisAnswers
 from tests.cache.conftest import STREAM, Playing, both, hello, keeping, probed, settings_with
 from tests.cache.test_admin import ADMIN, forget
@@ -34,10 +35,14 @@ def empty(redis: RedisServer) -> None:
 
 
 @asynccontextmanager
-async def replicas(where: RedisServer | Proxy, *adapters: Playing, **answers: Any) -> AsyncIterator[list[House]]:
+async def replicas(
+    where: RedisServer | Proxy, *adapters: Playing, total_s: float = 600, **answers: Any
+) -> AsyncIterator[list[House]]:
     url = f"redis://127.0.0.1:{where.port}"
     async with AsyncExitStack() as stack:
         settings = settings_with(cache=Answers(url=url, **{"timeout_s": 1.0, **answers}))
+        patient = Upstream(adapter="scripted", timeouts=Timeouts(total_s=total_s))
+        settings = msgspec.structs.replace(settings, upstreams={"one": patient})
         houses = [await stack.enter_async_context(running(settings, {"one": adapter})) for adapter in adapters]
         await asyncio.gather(*map(probed, houses))
         yield houses
@@ -83,6 +88,19 @@ async def test_it_waits_for_so_long_and_then_goes_itself(redis: RedisServer) -> 
         first.go()
         await leader
     assert second.calls == 1
+
+
+async def test_it_waits_for_no_more_than_half_of_the_time_that_an_answer_may_take(redis: RedisServer) -> None:
+    first, second = Stepwise(), both()
+    async with replicas(redis, first, second, total_s=3.0, wait_s=60) as (one, two):
+        leader = asyncio.create_task(one.post(STREAM))
+        await asking(first)
+        async with asyncio.timeout(10):
+            assert state(await two.post(STREAM)) == "miss"
+        left_s = second.dispatches[0].deadline - time.monotonic()
+        first.go()
+        await leader
+    assert left_s < 1.5
 
 
 async def test_it_goes_itself_when_the_other_comes_to_nothing(redis: RedisServer) -> None:
