@@ -1,11 +1,12 @@
 """How are records written and summed, in the SQL that both databases speak? Core only, bound parameters only."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from msgspec.structs import astuple
-from sqlalchemy import Connection, Insert, bindparam, case, delete, func, select
+from sqlalchemy import Connection, Insert, bindparam, case, delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert as insert_postgresql
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
@@ -27,14 +28,16 @@ _known = select(usage.c.request_id, usage.c.seq).where(_any_of)
 _abandoned = select(usage.c.seq).where(_any_of, usage.c.outcome == "abandoned")
 _these = usage.c.seq.in_(bindparam("seqs", expanding=True))
 _forget = delete(usage).where(_these)
+_is_hit = or_(usage.c.cache == "hit", usage.c.cache == "shared")  # IN would be compiled anew for each group
 _hour = usage.c.started_ms // HOUR_MS * (HOUR_MS // 1000)
 _forget_empty = delete(usage_hour).where(usage_hour.c.requests == 0, usage_hour.c.hour.in_(select(_hour).where(_these)))
 
 
 class Statements:
-    """What is said to a database of one dialect, by name."""
+    """What is said to a database of one dialect, by name. No more than *at_once* rows go in with one statement."""
 
-    def __init__(self, dialect: Any) -> None:
+    def __init__(self, dialect: Any, at_once: int = sys.maxsize) -> None:
+        self._at_once = at_once
         insert: Any = insert_sqlite if dialect.name == "sqlite" else insert_postgresql
         rows = insert(usage).values({name: bindparam(name) for name in COLUMNS}).on_conflict_do_nothing()
         self._insert = str(rows.compile(dialect=dialect))  # as text, with tuples: Core's own way takes 10 µs a row
@@ -53,7 +56,9 @@ class Statements:
     def _add(self, connection: Connection, records: Sequence[UsageRecord]) -> dict[str, int]:
         """The `seq` of each that was not there."""
         before = {"before": connection.scalar(_newest)}
-        connection.exec_driver_sql(self._insert, [astuple(record) for record in records])
+        for first in range(0, len(records), self._at_once):
+            some = records[first : first + self._at_once]
+            connection.exec_driver_sql(self._insert, [astuple(record) for record in some])
         connection.execute(self._sum_up, before)
         return dict(connection.execute(_numbered, before).all())
 
@@ -73,7 +78,7 @@ def _summed(insert: Any, which: Any, *, sign: int = 1) -> Insert:
         "requests": func.count(),
         "cost_nano": func.coalesce(func.sum(usage.c.cost_nano), 0),
         "unpriced": func.sum(case((usage.c.cost_nano.is_(None), 1), else_=0)),
-        "hits": func.sum(case((usage.c.cache.in_(("hit", "shared")), 1), else_=0)),
+        "hits": func.sum(case((_is_hit, 1), else_=0)),
     }
     sums = [(counts[name] if name in counts else func.sum(usage.c[name])) * sign for name in SUMS]
     keys = [_hour.label(KEYS[0]), *(usage.c[name] for name in KEYS[1:])]

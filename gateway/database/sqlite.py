@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ MAGIC = b"SQLite format 3\0"
 MOST_CHECKED_BYTES = 64 * 1024 * 1024
 """A larger file is not read through at start."""
 WRITER = "PRAGMA journal_mode=WAL;PRAGMA synchronous=FULL;PRAGMA busy_timeout=5000;PRAGMA wal_autocheckpoint=1000"
+AT_ONCE = 32
+REST_S = 0.0001
+"""
+After each statement of the writer, which has no more rows than AT_ONCE. SQLite may work in the core that serves: a
+whole group in one go would keep the event loop waiting for 4 ms.
+"""
 READER = "PRAGMA busy_timeout=2000;PRAGMA query_only=ON"
 
 
@@ -34,7 +41,8 @@ class SQLite:
         url = URL.create("sqlite", database=str(path))
         self._writer = _engine(url, WRITER, "BEGIN IMMEDIATE", pool_size=1)
         self._readers = _engine(url, READER, "BEGIN", pool_size=2)
-        self._statements = Statements(self._writer.dialect)
+        event.listen(self._writer, "after_cursor_execute", _rest)
+        self._statements = Statements(self._writer.dialect, AT_ONCE)
         self._opened = os.stat(path)
 
     def prepare(self) -> None:
@@ -128,6 +136,10 @@ def _damaged(path: Path, why: object) -> str:
         f"the ledger in {path} cannot be used: {why}. It was left as it is: restore a copy, "
         "or move it away to begin with an empty one"
     )
+
+
+def _rest(*_: object) -> None:
+    time.sleep(REST_S)
 
 
 def _engine(url: URL, pragmas: str, begin: str, *, pool_size: int) -> Engine:

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.database import DatabaseUnavailable, Inserted, Kind, Metric, Unwritable
 from gateway.database.record import UsageRecord, encode
-from gateway.ledger import Ledger
+from gateway.ledger import Ledger, writer
 from gateway.ledger.writer import CATCHING_UP, NICENESS, ROWS
 from gateway.schema.common import Usage
 from gateway.stores import LedgerUnavailable
@@ -104,9 +104,27 @@ async def test_rows_go_in_groups_and_larger_ones_when_there_are_many() -> None:
 async def test_the_thread_gives_way_to_the_event_loop() -> None:
     ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     async with Ledger(Gate()).running():
-        (writer,) = (thread.native_id or 0 for thread in threading.enumerate() if thread.name == "ledger-writer")
-        await until(lambda: os.getpriority(os.PRIO_PROCESS, writer) == min(19, ours + NICENESS))
+        (theirs,) = (thread.native_id or 0 for thread in threading.enumerate() if thread.name == "ledger-writer")
+        await until(lambda: os.getpriority(os.PRIO_PROCESS, theirs) == min(19, ours + NICENESS))
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == ours
+
+
+async def test_who_begins_under_load_waits_for_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    ledger = Ledger(gate)
+    async with ledger.running():
+        gate.let.clear()
+        request(ledger)
+        await until(gate.begun.is_set)
+        request(ledger)
+        monkeypatch.setattr(writer, "WAIT_S", 60.0)
+        gate.let.set()
+        await until(lambda: gate.groups == [1])
+        for _ in range(ROWS - 1):
+            request(ledger)
+        await until(lambda: ledger.backlog == 0)
+
+    assert gate.groups == [1, ROWS]
 
 
 async def test_the_end_waits_for_the_last_rows() -> None:
