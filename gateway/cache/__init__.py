@@ -335,7 +335,8 @@ class Kept:
 def _wait_s(settings: Settings, model: str) -> float:
     """How long another replica may be waited for: there must be time left for an answer of one's own."""
     upstreams = [settings.upstreams[target.upstream] for target in settings.models[model].targets]
-    return min(settings.cache.wait_s, max(upstream.timeouts.total_s for upstream in upstreams) / 2)
+    longest_s = max((upstream.timeouts.total_s for upstream in upstreams), default=0.0)
+    return min(settings.cache.wait_s, longest_s / 2)
 
 
 def _mark(call: Call, state: CacheState) -> None:
