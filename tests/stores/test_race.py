@@ -173,7 +173,7 @@ async def test_a_redis_in_trouble_lets_nothing_more_through_and_hardly_more_wher
         async with proxy_to(redis.port) as proxy:
             url = f"redis://127.0.0.1:{proxy.port}"
             limits = {"requests": 300, "leases": 24, "lease_ms": 600}
-            race = options(tmp_path, url, window_ms=2_000, seconds=16, hold_s=0.1, timeout_s=0.25, **limits)
+            race = options(tmp_path, url, window_ms=2_000, seconds=19, hold_s=0.1, timeout_s=0.25, **limits)
             moments = []
             async with racing(race):
                 for _ in range(2):
