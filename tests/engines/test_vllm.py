@@ -27,13 +27,13 @@ from tests.models import make_model, make_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.anyio]
 
-CONTEXT_TOKENS = 4096
+CONTEXT_TOKENS = 32_768
 MOST_REQUESTS = 6
 UNIT = {"type": "object", "properties": {"unit": {"enum": ["celsius"]}}, "required": ["unit"]}
 TOOL: Any = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": UNIT}}
 LETTERS = make_tokenizer().convert_tokens_to_ids(list("abcdefghij"))
 ENDLESS: Any = {
-    "max_completion_tokens": 4000,
+    "max_completion_tokens": 32_000,
     "extra_body": {"ignore_eos": True, "allowed_token_ids": LETTERS},  # of all its tokens, some end it all the same
 }
 QUIET_S = 1.5
@@ -265,7 +265,7 @@ async def test_logprobs_of_a_stream_are_those_of_the_plain_answer(front: Front) 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_context_overflow_is_openais_error(front: Front, stream: bool) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        await front.chat(messages=[{"role": "user", "content": "Hi " * 2500}], stream=stream)
+        await front.chat(messages=[{"role": "user", "content": "Hi " * CONTEXT_TOKENS}], stream=stream)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     beyond = await front.chat(max_completion_tokens=100_000, extra_body={"stop_token_ids": list(range(100))})
     assert beyond.choices[0].finish_reason == "stop"
