@@ -41,7 +41,8 @@ class Ledger:
     What is not a coroutine is for the event loop's thread, and does not wait; a thread of its own writes the records.
     Without a *database* records are counted and forgotten; without a *journal*, a crash forgets those that
     were not written yet. *committed* is told the `seq` of each row, on the event loop, when it is safe. *clock* gives
-    seconds since 1970. Takes over the database and the journals.
+    seconds since 1970. A row waits up to *wait_s* for others to be committed with. Takes over the database and the
+    journals.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class Ledger:
         *,
         committed: Committed = lambda _: None,
         clock: Callable[[], float] = time.time,
+        wait_s: float = 0.1,
     ) -> None:
         self.counts = LedgerCounts()
         self.committed = committed
         self._database = database
         self._journal = journal
         self._clock = clock
-        self._writer = None if database is None else Writer(database, self.counts, clock)
+        self._writer = None if database is None else Writer(database, self.counts, clock, wait_s)
         self.under_way = set[Entry]()
         self._readers = ThreadPoolExecutor(READERS, "ledger-reader")
         if self._writer is not None:

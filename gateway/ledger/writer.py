@@ -16,8 +16,7 @@ from gateway.database.record import UsageRecord, decode
 from gateway.journal import Journal
 
 ROWS = 200
-WAIT_S = 0.1
-"""A group is committed when it has so many rows, or its first has waited so long."""
+"""A group is committed when it has so many, or its first has waited for long enough."""
 CATCHING_UP = 2000
 """Rows of a group when there is a backlog."""
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)
@@ -61,8 +60,9 @@ class Writer:
     more than has room there.
     """
 
-    def __init__(self, database: Database, counts: LedgerCounts, clock: Callable[[], float]) -> None:
+    def __init__(self, database: Database, counts: LedgerCounts, clock: Callable[[], float], wait_s: float) -> None:
         self._database = database
+        self._wait_s = wait_s
         self._counts = counts
         self._clock = clock
         self._pending: deque[_Row] = deque()
@@ -172,7 +172,7 @@ class Writer:
         self._idle = False
         self._wake.clear()
         if 0 < len(self._pending) < ROWS and self._tried.is_set() and not self._strays and not self._stopping.is_set():
-            self._wake.wait(WAIT_S)
+            self._wake.wait(self._wait_s)
             self._wake.clear()
         return bool(self._pending or self._strays)
 

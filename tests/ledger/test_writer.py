@@ -10,7 +10,7 @@ import pytest
 
 from gateway.database import DatabaseUnavailable, Inserted, Kind, Metric, Unwritable
 from gateway.database.record import UsageRecord, encode
-from gateway.ledger import Ledger, writer
+from gateway.ledger import Ledger
 from gateway.ledger.writer import CATCHING_UP, NICENESS, ROWS
 from gateway.schema.common import Usage
 from gateway.stores import LedgerUnavailable
@@ -109,22 +109,22 @@ async def test_the_thread_gives_way_to_the_event_loop() -> None:
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == ours
 
 
-async def test_who_begins_under_load_waits_for_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_begins_under_load_waits_for_groups_too() -> None:
     gate = Gate()
-    ledger = Ledger(gate)
+    ledger = Ledger(gate, wait_s=60.0)
     async with ledger.running():
         gate.let.clear()
-        request(ledger)
+        for _ in range(ROWS):
+            request(ledger)
         await until(gate.begun.is_set)
         request(ledger)
-        monkeypatch.setattr(writer, "WAIT_S", 60.0)
         gate.let.set()
-        await until(lambda: gate.groups == [1])
+        await until(lambda: gate.groups == [ROWS])
         for _ in range(ROWS - 1):
             request(ledger)
         await until(lambda: ledger.backlog == 0)
 
-    assert gate.groups == [1, ROWS]
+    assert gate.groups == [ROWS, ROWS]
 
 
 async def test_the_end_waits_for_the_last_rows() -> None:

@@ -43,9 +43,9 @@ local function period(span, at)
 end
 
 -- Windows: a hash of bucket → used, with the sum of them in `used`, and in `last` the bucket of the last writing, after
--- which the buckets that have left the window since are still in the sum. `born` is when it was made of nothing. What Redis had lost
--- and callers tell of is in `lost`, what that is known up to in `told`; what came back by itself in `again`, the newest of
--- it in `newest`.
+-- which the buckets that have left the window since are still in the sum. `born` is when it was made of nothing. What
+-- Redis had lost and callers tell of is in `lost`, what that is known up to in `told`; what came back by itself in
+-- `again`, the newest of it in `newest`.
 
 local window = {}
 
