@@ -37,7 +37,7 @@ class Shares:
     Under `local` it is the limit divided by the replicas last seen, and at first no more than what was left when the
     store was last heard. Under `guard` it is such a part of what is left of the quota, less the guard; `closed`
     refuses, `open` only counts. So all replicas together admit less than the limit once more, and quotas are not
-    exceeded by more than what was in flight.
+    exceeded by more than what was in flight; unless this replica alone is cut off: then by its part of what was left.
     """
 
     def __init__(self, store: LimitStore, used: Used, now_ms: Callable[[], int] = clock_ms) -> None:

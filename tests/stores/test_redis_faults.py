@@ -291,7 +291,10 @@ async def test_a_full_redis_is_a_store_that_is_not_available(own_redis: RedisSer
 
 async def test_a_slow_redis_is_left_alone(redis: RedisServer) -> None:
     plan = plan_of()
-    async with proxy_to(redis.port) as proxy, store_at(f"redis://127.0.0.1:{proxy.port}") as store:
+    async with (
+        proxy_to(redis.port) as proxy,
+        store_at(f"redis://127.0.0.1:{proxy.port}", timeout_s=0.25) as store,
+    ):
         for _ in range(20):
             await store.admit(asking(plan, 0))
         proxy.delay_s = 0.15
@@ -301,6 +304,34 @@ async def test_a_slow_redis_is_left_alone(redis: RedisServer) -> None:
         assert not store.available
         proxy.delay_s = 0
         await until(lambda: store.available)
+
+
+async def test_one_stall_that_holds_up_many_calls_is_one_slow_round_trip(own_redis: RedisServer) -> None:
+    plan = plan_of()
+    async with store_at(own_redis.url, timeout_s=1.0) as store:
+        await store.admit(asking(plan, 0))
+        own_redis.freeze()
+        asked = []
+        for _ in range(30):
+            asked.append(asyncio.create_task(store.admit(asking(plan, 0))))
+            await asyncio.sleep(0.001)  # each in a round trip of its own
+        await asyncio.sleep(0.45)
+        own_redis.thaw()
+        await asyncio.gather(*asked)
+        assert store.counts.round_trips >= 30
+        assert store.available
+
+
+async def test_what_is_slow_is_told_by_what_a_call_may_take(redis: RedisServer) -> None:
+    plan = plan_of()
+    async with (
+        proxy_to(redis.port) as proxy,
+        store_at(f"redis://127.0.0.1:{proxy.port}", timeout_s=1.0) as store,
+    ):
+        proxy.delay_s = 0.15
+        for _ in range(10):
+            await store.admit(asking(plan, 0))
+        assert store.available
 
 
 async def test_a_wrong_password_is_said_and_the_right_one_opens(own_redis: RedisServer, tmp_path: object) -> None:

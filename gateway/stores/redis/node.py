@@ -15,7 +15,8 @@ Address = tuple[str, int]
 CONSECUTIVE = 5
 SPAN_S = 10.0
 ENOUGH = 20
-SLOW_S = 0.1
+SLOW = 0.4
+"""Of the time that a call may take."""
 PROBE_S = 1.0
 PROBE_AGAIN_S = 0.1
 PROBES = 3
@@ -35,8 +36,9 @@ class Node:
     """
     Commands that are asked in one turn of the event loop leave in one write; no reply is waited for before the next.
 
-    A server that fails five times in a row, or half of the time, or is slow in one of four round trips, is left alone:
-    `open`. It is then tried in the background once a second, until it has done a *probe* well three times.
+    A server that fails five times in a row, or half of the time, or is slow five times and in one of four round trips,
+    is left alone: `open`. It is then tried in the background once a second, until it has done a *probe* well three
+    times. Round trips that overlap count once: whatever holds up one holds up all, if only our own event loop.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Node:
         self._find = find
         self._access = access
         self._timeout_s = timeout_s
+        self._slow_s = timeout_s * SLOW
         self._greeting = greeting
         self._probe = probe
         self._counts = counts
@@ -69,6 +72,7 @@ class Node:
         self._watch: asyncio.TimerHandle | None = None
         self._in_a_row = 0
         self._span_began = 0.0
+        self._trip_ended = 0.0
         self._good = self._bad = self._trips = self._slow = 0
 
     def ask(self, command: bytes, answered: Answered) -> None:
@@ -148,14 +152,17 @@ class Node:
             raise reply
 
     def _answered(self, good: int, seconds: float) -> None:
-        self._turn()
+        now = self._turn()
         self._good += good
-        self._trips += 1
         if good:
             self._in_a_row = 0
-        if seconds > SLOW_S:
+        if now - seconds < self._trip_ended:
+            return
+        self._trip_ended = now
+        self._trips += 1
+        if seconds > self._slow_s:
             self._slow += 1
-            if self._trips >= ENOUGH and self._slow * 4 > self._trips:
+            if self._slow >= CONSECUTIVE and self._slow * 4 > self._trips:
                 self.leave_alone(f"slow: {seconds * 1000:.0f} ms")
 
     def refused(self, error: ReplyError) -> bool:
@@ -174,11 +181,12 @@ class Node:
         if self._in_a_row >= CONSECUTIVE or (self._bad >= self._good and self._bad + self._good >= ENOUGH):
             self.leave_alone(reason)
 
-    def _turn(self) -> None:
+    def _turn(self) -> float:
         now = self._loop.time()
         if now - self._span_began > SPAN_S:
             self._span_began = now
             self._good = self._bad = self._trips = self._slow = 0
+        return now
 
     def _closed(self, link: Link, reason: str) -> None:
         if link is self._link:
@@ -238,7 +246,7 @@ class Node:
             [reply] = await _all(self._link, [self._probe])
         if isinstance(reply, ReplyError) and not str(reply).startswith("MOVED"):
             raise reply
-        return self._loop.time() - began < SLOW_S
+        return self._loop.time() - began < self._slow_s
 
     async def aclose(self) -> None:
         self.open = True
