@@ -50,9 +50,11 @@ class EventReader:
         if block and (self._after_cr or b"\r" in block):
             block = self._with_line_feeds(block)
         block = self._rest + block
-        if not self._data and self._name == "message" and _is_plain(block):
-            self._rest = b""
-            return [Event(data) for data in block[6:-2].split(BETWEEN)]
+        if not self._data and self._name == "message" and block.startswith(b"data: ") and block.endswith(b"\n\n"):
+            documents = block[6:-2].split(BETWEEN)
+            if block.count(b"\n") == 2 * len(documents):  # each has one line, as in nearly all blocks
+                self._rest = b""
+                return [Event(data) for data in documents]
         *lines, self._rest = block.split(b"\n")
         events = []
         for line in lines:
@@ -81,13 +83,6 @@ class EventReader:
             self._size += len(value)
         elif name == b"event":
             self._name = value.decode(errors="replace") or "message"
-
-
-def _is_plain(block: bytes) -> bool:
-    """Whether it is whole events of one `data: ` line each, as nearly all blocks are: those are split in one go."""
-    return (
-        block.startswith(b"data: ") and block.endswith(b"\n\n") and block.count(b"\n") == 2 + 2 * block.count(BETWEEN)
-    )
 
 
 def write_events(wires: Iterable[bytes]) -> bytes:

@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.call import Call
 from gateway.schema.endpoint import CHAT
-from gateway.schema.payload import Part, Parts
+from gateway.schema.payload import Part, Parts, one_by_one
 from gateway.text import TextCutter
 
 
@@ -28,7 +28,7 @@ def cut_at_stops(call: Call, parts: AsyncGenerator[Parts], choices: int) -> Asyn
 async def _cut(cuts: "_Cuts", parts: AsyncGenerator[Parts]) -> AsyncGenerator[Parts]:
     async with aclosing(parts):
         async for arrived in parts:
-            if kept := [cut for part in arrived if (cut := cuts.cut(part)) is not None]:
+            if kept := [cut for part in one_by_one(arrived) if (cut := cuts.cut(part)) is not None]:
                 yield kept
             if cuts.outrun:
                 return

@@ -13,7 +13,7 @@ from adapters.openai import Adapter
 from gateway.errors import UpstreamFailed
 from gateway.schema.endpoint import CHAT
 from gateway.schema.mould import Mould
-from gateway.schema.payload import Parts, Payload
+from gateway.schema.payload import Parts, Payload, one_by_one
 from gateway.settings import Upstream
 from gateway.sse import Event
 
@@ -69,6 +69,17 @@ def test_those_that_fit_are_the_same_together_and_alone(texts: list[bytes]) -> N
     assert MOULD.texts_of(wires) == fitting
 
 
+others = st.sampled_from([b"", b"{}", MOULD.before, MOULD.after, MOULD.before[:-5] + MOULD.after, a_chunk(x="y")])
+fitting = strings.map(lambda text: MOULD.before + text + MOULD.after)
+together = st.lists(st.one_of(fitting, others), min_size=2, max_size=3).map(b"\0".join)
+
+
+@given(st.lists(st.one_of(fitting, others, together), max_size=6))
+def test_none_is_taken_to_fit_together_that_does_not_alone(wires: list[bytes]) -> None:
+    alone = [MOULD.text_of(wire) for wire in wires]
+    assert MOULD.texts_of(wires) == (alone[: alone.index(None)] if None in alone else alone)
+
+
 @pytest.mark.parametrize(
     "wire",
     [a_chunk(x="y"), a_chunk()[:-1], a_chunk() + b" ", MOULD.before[:-5] + MOULD.after, b"", a_chunk()[:-1] + b",}"],
@@ -95,6 +106,8 @@ async def test_chunks_that_were_not_decoded_say_the_same_as_if_they_had_been() -
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     wires.append(json.dumps({"choices": [], "usage": usage}).encode())
     (parts,) = [parts async for parts in reading(*wires, b"[DONE]", b"nonsense")]
+    assert len(parts) < len(wires)
+    parts = one_by_one(parts)
     assert [part.wire for part in parts] == wires
     assert [part.value for part in parts] == [CHAT.chunks.decode(wire) for wire in wires]
     assert [part.usage is not None for part in parts] == [False] * 6 + [True]

@@ -16,7 +16,7 @@ from gateway.errors import UpstreamFailed
 from gateway.schema.endpoint import CHAT, COMPLETIONS, Endpoint, expected_choices
 from gateway.schema.payload import Part, Payload
 from gateway.settings import Upstream
-from gateway.sse import Event, EventReader
+from gateway.sse import BETWEEN, Event, EventReader
 from gateway.stream import Chunks, finished
 from tests.house import HELLO, ROLE, USAGE
 
@@ -229,7 +229,8 @@ async def answered(call: Call, blocks: list[bytes]) -> list[Any]:
 
     dialect = Adapter(Upstream(adapter="openai", base_url="http://upstream/v1"))
     parts = dialect.decode_stream(call.endpoint, call.request, events())
-    return [json.loads(part.wire) async for arrived in finished(call, parts) for part in arrived]
+    sent = [part.wire async for arrived in finished(call, parts) for part in arrived]
+    return [json.loads(wire) for wires in sent for wire in wires.split(BETWEEN)]
 
 
 @given(data=st.data())

@@ -17,7 +17,7 @@ from gateway.fanout import Tally, merged
 from gateway.schema.chat import ChatRequest
 from gateway.schema.completions import CompletionRequest
 from gateway.schema.endpoint import CHAT, COMPLETIONS, EMBEDDINGS, Endpoint
-from gateway.schema.payload import Part, Parts, Payload, encode_fields
+from gateway.schema.payload import Part, Parts, Payload, encode_fields, one_by_one
 from gateway.settings import Upstream, read_options
 from gateway.sse import Event
 
@@ -88,7 +88,8 @@ class Adapter(HTTPAdapter):
         wholes: dict[int, Any] = {}
         exchanges = [self._answer(endpoint, each, _named(dispatch, each)) for each in asked]
         async with aclosing(merged(exchanges)) as arrivals:
-            async for number, arrived in arrivals:
+            async for number, together in arrivals:
+                arrived = one_by_one(together)
                 for part in arrived:
                     part.usage = part.usage and tally.add(asked[number], part.usage)
                     for choice in part.value.choices:

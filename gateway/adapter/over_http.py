@@ -147,20 +147,24 @@ class HTTPAdapter:
 
         *mend* makes the part of a chunk's value and document; one that it leaves as it came may be the mould of others.
 
-        Chunks that differ from the last in nothing but their text, as most do, are not decoded: their values can wait.
+        Chunks that differ from the last in nothing but their text, as most do, are not decoded: of several of them, one
+        after the other, there is one part.
         """
         decoder = endpoint.chunks
         mould: Mould | None = None
         async for arrived in events:
             documents = [event.data for event in arrived]
             parts: Parts = []
+            place = 0
             try:
                 while True:
-                    if mould is not None:
-                        parts += _alike(mould, decoder, documents[len(parts) :])
-                    if len(parts) == len(documents):
+                    if mould is not None and (texts := mould.texts_of(documents[place:])):
+                        parts.append(_run(mould, decoder, texts))
+                        place += len(texts)
+                    if place == len(documents):
                         break
-                    document = documents[len(parts)]
+                    document = documents[place]
+                    place += 1
                     if document.startswith(b"[DONE]"):
                         return
                     value = self.read(decoder, document)
@@ -262,7 +266,7 @@ class HTTPAdapter:
                     parts = self.decode_stream(endpoint, request, events)
                     try:
                         async for arrived in parts:
-                            events.begun = events.begun or any(speaks(part.value) for part in arrived)
+                            events.begun = events.begun or any(map(speaks, arrived))
                             yield arrived
                     finally:
                         await parts.aclose()
@@ -307,10 +311,10 @@ class HTTPAdapter:
         return headers
 
 
-def _alike(mould: Mould, decoder: msgspec.json.Decoder[Any], documents: list[bytes]) -> Parts:
-    """The first of *documents* that fit the mould, as parts."""
-    texts = mould.texts_of(documents)
-    return [Part(decoder, document, None, mould, text) for document, text in zip(documents, texts, strict=False)]
+def _run(mould: Mould, decoder: msgspec.json.Decoder[Any], texts: list[bytes]) -> Part[Any]:
+    if len(texts) > 1:
+        return Part(decoder, b"", None, mould, texts=texts)
+    return Part(decoder, mould.before + texts[0] + mould.after, None, mould, texts[0])
 
 
 async def until_done(events: AsyncIterator[list[Event]], read: Callable[[bytes], Parts]) -> AsyncGenerator[Parts]:

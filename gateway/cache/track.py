@@ -15,7 +15,7 @@ from msgspec import UNSET
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import Endpoint
 from gateway.schema.mould import Mould
-from gateway.schema.payload import Part, Parts
+from gateway.schema.payload import Part, Parts, one_by_one
 
 PIECE_BYTES = 120
 """What a piece takes beside its text."""
@@ -50,7 +50,7 @@ class Track:
     def add(self, arrived: Parts) -> None:
         now = self._clock()
         wait_ms, self._last = round((now - self._last) * 1000), now
-        for part in arrived:
+        for part in one_by_one(arrived):
             mould = self.moulds[-1] if self.moulds else None
             text = None if mould is None else part.text if part.mould is mould else mould.text_of(part.wire)
             if text is None:

@@ -107,7 +107,7 @@ class Router:
                     async for arrived in parts:
                         if not attempt.answered:
                             held += arrived
-                            if len(held) < MAX_HELD and not any(speaks(part.value) for part in arrived):
+                            if len(held) < MAX_HELD and not any(map(speaks, arrived)):
                                 continue
                             passage.answered()
                             arrived, held = held, []

@@ -31,8 +31,10 @@ class Mould(Struct, array_like=True, frozen=True, gc=False):
 
     def text_of(self, wire: bytes) -> bytes | None:
         """The text of a chunk, as it is written in JSON; None if it differs in more than that, or may."""
-        texts = self.texts_of([wire])
-        return texts[0] if texts else None
+        if len(wire) < self.shortest or not wire.startswith(self.before) or not wire.endswith(self.after):
+            return None
+        text = wire[len(self.before) : -len(self.after)]
+        return text if _is_inside(text) else None
 
     def texts_of(self, wires: Sequence[bytes]) -> list[bytes]:
         """The texts of the first of *wires*, up to one that differs in more, or may."""

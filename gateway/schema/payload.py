@@ -43,7 +43,7 @@ class Part(Struct, Generic[T], gc=False):
     `usage` is cumulative over the answer so far and private: set by the dialect whenever it knows, so that an answer
     cut short is billed rightly; it is never written to the client as such. Where a chunk has a `mould`, it came as
     that, filled; of one that was not decoded, `text` is what it is filled with, as JSON writes it. With `texts` it
-    is several chunks, one after the other, which fill its mould with these: most of an answer from before.
+    is a run of several chunks, one after the other, which fill its mould with these, and has neither value nor bytes.
     """
 
     _value: T | msgspec.json.Decoder[T]
@@ -68,9 +68,22 @@ Parts = list[Part[Any]]
 """Parts that arrived together, so that they can leave together; never empty, never held back for more."""
 
 
-def speaks(value: Any) -> bool:
+def one_by_one(parts: Parts) -> Parts:
+    """The same, with each chunk of a run by itself."""
+    single: Parts = []
+    for part in parts:
+        if part.texts is None or (mould := part.mould) is None:
+            single.append(part)
+        else:
+            single += [Part(part._value, mould.before + text + mould.after, None, mould, text) for text in part.texts]
+    return single
+
+
+def speaks(part: Part[Any]) -> bool:
     """Whether an answer, or a chunk of one, says anything that nobody must be told twice: content, or an end."""
-    choices = getattr(value, "choices", None)
+    if part.texts is not None:
+        return any(part.texts)  # what its mould says besides, the chunk that it was made of has said
+    choices = getattr(part.value, "choices", None)
     if choices is None:
         return True  # embeddings
     for choice in choices:

@@ -60,6 +60,8 @@ class Exchange(httpx2.AsyncByteStream):
         self._pool = pool
         self._limits = limits
         self._connection: Connection | None = None
+        self._blocks: list[bytes] = []
+        self.on_body = self._blocks.append  # for the parser, which finds as many blocks as there are chunks
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
@@ -72,7 +74,6 @@ class Exchange(httpx2.AsyncByteStream):
         self._keep_alive = False
         self._until_close = False
         self._whole = False
-        self._blocks: list[bytes] = []
         self._queued_bytes = 0
         self._barren_bytes = 0  # received since the last byte of a body
 
@@ -136,6 +137,7 @@ class Exchange(httpx2.AsyncByteStream):
     def feed(self, data: bytes) -> None:
         self._heard = True
         self._barren_bytes += len(data)
+        known = len(self._blocks)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
@@ -143,6 +145,11 @@ class Exchange(httpx2.AsyncByteStream):
                 self.fail(httpx2.RemoteProtocolError(str(exc.__context__ or exc)))
                 return
             self._keep_alive = False  # more than an answer: the answer is good, the connection is not
+        if len(self._blocks) > known:
+            if self._request.method == "HEAD":  # the parser cannot know, and took what comes for a body
+                self._blocks.clear()
+            self._queued_bytes += sum(map(len, self._blocks[known:]))
+            self._barren_bytes = 0
         if self._whole:
             self._end()
         elif self._barren_bytes > self._limits.header_bytes:
@@ -197,12 +204,6 @@ class Exchange(httpx2.AsyncByteStream):
         if self._request.method == "HEAD":  # the parser cannot know, and now expects a body
             self._whole = True
             self._keep_alive = False
-
-    def on_body(self, block: bytes) -> None:
-        if not self._whole:
-            self._blocks.append(block)
-            self._queued_bytes += len(block)
-            self._barren_bytes = 0
 
     def on_message_complete(self) -> None:
         self._whole = self._status != 0
