@@ -4,17 +4,18 @@ import asyncio
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 import pytest
 from redis import Redis
 from redis.crc import key_slot
 
 from gateway.stores import Costs, Lease, Plan, Quota, Reservation, StoreUnavailable, Window
-from gateway.stores.redis.node import Access
-from gateway.stores.redis.places import Where, parse, partition_of, tag
+from gateway.stores.redis.node import Access, Address, Node
+from gateway.stores.redis.places import Where, parse, partition_of, places, tag
 from tests.stores.conftest import Ledger
 from tests.stores.servers import RedisServer, free_port, redis_server
 from tests.stores.test_redis_faults import asking, plan_of, store_at, until
@@ -84,6 +85,28 @@ def sentinels() -> Iterator[tuple[list[RedisServer], list[RedisServer]]]:
             assert time.monotonic() < give_up
             time.sleep(0.1)
         yield [master, replica], watching
+
+
+@pytest.mark.anyio
+async def test_who_has_asked_the_sentinels_leaves_no_connection_to_them() -> None:
+    with redis_server() as master, ExitStack() as running:
+        watching = []
+        for _ in range(3):
+            port = free_port()
+            config = master.folder / f"sentinel-{port}.conf"
+            config.write_text(f"sentinel monitor mymaster 127.0.0.1 {master.port} 1\n")
+            watching.append(running.enter_context(redis_server("--sentinel", port=port, config=config)))
+        found: list[Callable[[], Awaitable[Address]]] = []
+
+        def make(find: Callable[[], Awaitable[Address]], access: Access) -> Node:
+            found.append(find)
+            return cast(Node, None)
+
+        url = "redis+sentinel://" + ",".join(f"127.0.0.1:{one.port}" for one in watching) + "/mymaster"
+        places(parse(url, None), make, 5.0)
+        for _ in range(100):
+            assert await found[0]() == ("127.0.0.1", master.port)
+        await until(lambda: not any(b"lib-name=redis-py" in one.said("CLIENT", "LIST") for one in watching))
 
 
 @pytest.mark.slow

@@ -117,18 +117,14 @@ def _always(address: Address) -> Callable[[], Awaitable[Address]]:
 def _asking_sentinel(where: Where, master: str, timeout_s: float) -> Callable[[], Awaitable[Address]]:
     options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
 
-    async def ask(address: Address) -> Address:
-        sentinel = Sentinel([address], **options)  # type: ignore[no-untyped-call]
-        try:
-            host, port = await sentinel.discover_master(master)
-        finally:
-            for client in sentinel.sentinels:
-                await client.aclose()
+    async def ask(sentinel: Sentinel) -> Address:
+        host, port = await sentinel.discover_master(master)
         return str(host), int(port)
 
     async def find() -> Address:
         """As the first one says that answers: one that hangs would take all the time there is."""
-        asking = [asyncio.ensure_future(ask(address)) for address in where.addresses]
+        sentinels = [Sentinel([address], **options) for address in where.addresses]  # type: ignore[no-untyped-call]
+        asking = [asyncio.ensure_future(ask(sentinel)) for sentinel in sentinels]
         trouble: Exception = RedisError("there is none")
         try:
             for told in asyncio.as_completed(asking):
@@ -138,11 +134,18 @@ def _asking_sentinel(where: Where, master: str, timeout_s: float) -> Callable[[]
                     trouble = exc
             raise StoreUnavailable(f"Sentinel: {trouble}")
         finally:
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await asyncio.shield(_leave(sentinels, asking))  # a close that is cancelled leaves its connection open
 
     return find
+
+
+async def _leave(sentinels: list[Sentinel], asking: "list[asyncio.Task[Address]]") -> None:
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    for sentinel in sentinels:
+        for client in sentinel.sentinels:
+            await client.aclose()
 
 
 class Single:
