@@ -12,7 +12,7 @@ from gateway.models import Models, Target
 from gateway.routing import Router
 from gateway.schema.payload import Parts
 from gateway.schema.reading import judge_unknown
-from gateway.stream import finished
+from gateway.stream import finish
 from gateway.tokens import Tokens
 
 
@@ -27,31 +27,33 @@ class Pipeline:
         self._router = router
         self._tokens = tokens
 
-    def answer(self, call: Call) -> AsyncGenerator[Parts]:
+    async def answer(self, call: Call) -> AsyncGenerator[Parts]:
         """
         Answer a call, part by part; whatever comes of it, `settle` has to be called afterwards.
 
         A GatewayError raised before the first part can still become an HTTP status; after it, the answer has begun and
         the error can only end it.
         """
-        return finished(call, self._answered(call))
-
-    async def _answered(self, call: Call) -> AsyncGenerator[Parts]:
         targets = self._resolve(call)
         costs = await self._limiter.expect(call, targets)
         call.entry = self._ledger.entry(call)
         if costs is not None:
             await self._limiter.admit(call, costs)
         parts = self._cache.through(call, lambda generation: self._router.answer(generation, targets))
-        streamed = call.streamed
+        streamed, answer = call.streamed, finish(call)
         try:
             async for arrived in parts:
                 call.arrived(arrived)
                 if not streamed:
                     self._tokens.ended(call)
-                yield arrived
+                if sent := answer.rewrite(arrived):
+                    yield sent
+                if answer.outrun:
+                    break
             if streamed:
                 self._tokens.ended(call)
+            if last := answer.end():
+                yield last
         finally:
             await parts.aclose()
 

@@ -1,41 +1,23 @@
 """How does no stop string get into an answer, whatever its engine did with it?"""
 
 import math
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
 from gateway.call import Call
 from gateway.schema.endpoint import CHAT
-from gateway.schema.payload import Part, Parts, one_by_one
+from gateway.schema.payload import Part
 from gateway.text import TextCutter
 
 
-def cut_at_stops(call: Call, parts: AsyncGenerator[Parts], choices: int) -> AsyncGenerator[Parts]:
+class Cuts:
     """
-    The parts of an answer of so many *choices*, each cut at its first stop string and finished there.
+    Where the choices of one answer end: each at its first stop string.
 
-    Most engines cut for themselves, some leave the string in, or see it only where a token ends. One that goes on
-    behind it is closed; one that stops too is heard to the end, since it then says how many tokens that was.
+    Most engines cut for themselves, some leave the string in, or see it only where a token ends. `outrun` once one goes
+    on behind the ends of all choices.
     """
-    stop = call.request.value.stop or []
-    stops = [stop] if isinstance(stop, str) else stop
-    return _cut(_Cuts(call, stops, choices), parts) if any(stops) else parts
-
-
-async def _cut(cuts: "_Cuts", parts: AsyncGenerator[Parts]) -> AsyncGenerator[Parts]:
-    async with aclosing(parts):
-        async for arrived in parts:
-            if kept := [cut for part in one_by_one(arrived) if (cut := cuts.cut(part)) is not None]:
-                yield kept
-            if cuts.outrun:
-                return
-
-
-class _Cuts:
-    """Where the choices of one answer end. `outrun` once the engine goes on behind the ends of all of them."""
 
     def __init__(self, call: Call, stops: list[str], choices: int) -> None:
         self._call = call

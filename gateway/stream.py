@@ -12,8 +12,8 @@ bytes as before. All others are taken apart. The tests hold the two ways against
 chunks and of the nulls that stay: OpenAI's OpenAPI description.
 """
 
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -23,9 +23,9 @@ from gateway.errors import UpstreamFailed
 from gateway.schema.common import Usage
 from gateway.schema.endpoint import CHAT, expected_choices, texts_in
 from gateway.schema.mould import Mould
-from gateway.schema.payload import NULL, Part, Parts
+from gateway.schema.payload import NULL, Part, Parts, one_by_one
 from gateway.sse import BETWEEN
-from gateway.stops import cut_at_stops
+from gateway.stops import Cuts
 
 ENVELOPE = ("id", "object", "created", "model")
 NOT_OURS = frozenset((*ENVELOPE, "obfuscation"))
@@ -38,26 +38,66 @@ _CALLS = msgspec.json.Decoder(list[dict[str, Any]])
 _encode = msgspec.json.encode
 
 
-async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[Parts]:
-    """The parts of one answer as this client may see them; raises UpstreamFailed where the answer is not whole."""
-    if call.endpoint.streams and call.request.value.stop:
-        parts = cut_at_stops(call, parts, expected_choices(call.request.value))
-    try:
-        if not call.endpoint.streams or not call.request.value.stream:
-            async for arrived in parts:
-                yield [whole(call, arrived[0])]
-            return
-        chunks = Chunks(call)
-        async for arrived in parts:
-            if rewritten := chunks.rewrite(arrived):
-                yield rewritten
-        if last := chunks.end():
-            yield last
-    finally:
-        await parts.aclose()
+class Finish(Protocol):
+    """What becomes of the parts of one answer; raises UpstreamFailed where the answer is not whole."""
+
+    @property
+    def outrun(self) -> bool:
+        """Whether nothing more of the answer can be for the client."""
+        ...
+
+    def rewrite(self, arrived: Parts) -> Parts:
+        """What this client may see of the parts that came; may be empty."""
+        ...
+
+    def end(self) -> Parts:
+        """What goes behind the last part; may be empty."""
+        ...
+
+
+def finish(call: Call) -> Finish:
+    answer = Chunks(call) if call.streamed else Whole(call)
+    if call.endpoint.streams and (stop := call.request.value.stop):
+        stops = [stop] if isinstance(stop, str) else stop
+        return CutShort(Cuts(call, stops, expected_choices(call.request.value)), answer) if any(stops) else answer
+    return answer
+
+
+class CutShort:
+    """
+    An answer that ends at stop strings, whatever its engine did with them.
+
+    One that goes on behind them is outrun; one that stops too is heard to the end, since it then says how many tokens
+    that was.
+    """
+
+    def __init__(self, cuts: Cuts, answer: Finish) -> None:
+        self._cuts = cuts
+        self._answer = answer
+        self.end = answer.end
+
+    @property
+    def outrun(self) -> bool:
+        return self._cuts.outrun
+
+    def rewrite(self, arrived: Parts) -> Parts:
+        return self._answer.rewrite([cut for part in one_by_one(arrived) if (cut := self._cuts.cut(part)) is not None])
 
 
 # A whole answer.
+
+
+class Whole:
+    outrun = False
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def rewrite(self, arrived: Parts) -> Parts:
+        return [whole(self._call, part) for part in arrived]
+
+    def end(self) -> Parts:
+        return []
 
 
 def whole(call: Call, part: Part[Any]) -> Part[Any]:
@@ -184,6 +224,8 @@ def _without_nulls(members: dict[str, Any]) -> dict[str, Any]:
 
 class Chunks:
     """The chunks of one stream on their way to the client."""
+
+    outrun = False
 
     def __init__(self, call: Call) -> None:
         minted = {

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,13 @@ from openai import AsyncOpenAI
 from gateway.adapter import Adapter, Dispatch, UpstreamFacts
 from gateway.api.shutdown import Shutdown
 from gateway.app import create_app
+from gateway.call import Call
 from gateway.ledger import Ledger
 from gateway.schema.payload import Parts, Payload
 from gateway.server import Gateway
 from gateway.settings import Auth, Key, Model, Settings, Target, Timeouts, Upstream
 from gateway.stores import LimitStore
+from gateway.stream import finish
 from gateway.telemetry import Telemetry
 
 TOKEN = "sk-test-0123456789"
@@ -107,6 +109,19 @@ def settings_for(*upstreams: Upstream, **changes: Any) -> Settings:
         models={"smart": Model(targets=targets)},
         **changes,
     )
+
+
+async def finished(call: Call, parts: AsyncGenerator[Parts]) -> AsyncGenerator[Parts]:
+    """The parts of an answer as the client may see them."""
+    answer = finish(call)
+    async with aclosing(parts):
+        async for arrived in parts:
+            if sent := answer.rewrite(arrived):
+                yield sent
+            if answer.outrun:
+                break
+    if last := answer.end():
+        yield last
 
 
 class ScriptedAdapter:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.schema.endpoint import CHAT, COMPLETIONS, Endpoint
 from gateway.schema.payload import Part, Parts
-from gateway.stream import finished
-from tests.house import completion
+from tests.house import completion, finished
 from tests.test_stream import a_call, a_chunk, dump, run
 
 texts = st.text("ab🗼", max_size=12)

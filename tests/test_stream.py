@@ -17,8 +17,8 @@ from gateway.schema.endpoint import CHAT, COMPLETIONS, Endpoint, expected_choice
 from gateway.schema.payload import Part, Payload
 from gateway.settings import Upstream
 from gateway.sse import BETWEEN, Event, EventReader
-from gateway.stream import Chunks, finished
-from tests.house import HELLO, ROLE, USAGE
+from gateway.stream import Chunks
+from tests.house import HELLO, ROLE, USAGE, finished
 
 T = TypeVar("T")
 Document = dict[str, Any]

@@ -21,8 +21,8 @@ from gateway.schema.payload import Part
 from gateway.schema.reading import EXTENSION_FIELDS, judge_unknown, read_request
 from gateway.settings import SettingsError, Timeouts, Upstream
 from gateway.sse import Event
-from gateway.stream import Chunks, finished
-from tests.house import json_reply, upstream
+from gateway.stream import Chunks
+from tests.house import finished, json_reply, upstream
 
 T = TypeVar("T")
 Document = dict[str, Any]
