@@ -176,7 +176,7 @@ class Call(Struct, eq=False):
     request: Payload[Any]
     unknown: set[str]
     """Top-level members that OpenAI does not know."""
-    id: str = field(default_factory=lambda: random.randbytes(16).hex())  # names, and guards nothing
+    id: str = field(default_factory=lambda: f"{random.getrandbits(128):032x}")  # names, and guards nothing
     created: int = field(default_factory=lambda: int(time.time()))
     given_id: str | None = None
     """What the client calls it, if that is fit to be repeated; upstreams never see it."""
@@ -210,15 +210,15 @@ class Call(Struct, eq=False):
     error: GatewayError | None = None  # answer: what the client was told
     outcome: Literal["completed", "client_gone", "failed"] = "failed"  # answer: where there was no error
     trace: Trace | None = None  # telemetry
+    streamed: bool = False  # as the request says
+
+    def __post_init__(self) -> None:
+        self.streamed = self.endpoint.streams and bool(self.request.value.stream)
 
     @property
     def request_id(self) -> str:
         """What the client and the log know it by."""
         return self.given_id or f"req_{self.id}"
-
-    @property
-    def streamed(self) -> bool:
-        return self.endpoint.streams and bool(self.request.value.stream)
 
     @property
     def include_usage(self) -> bool:

@@ -2,20 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from types import TracebackType
 from typing import Any
 
 from litestar.types import Receive, Scope, Send
 
-from gateway.api.client import Client, client_of
+from gateway.api.client import client_of
 from gateway.api.errors import JSON, VERSION, ErrorResponse, Headers, unexpected
-from gateway.api.shutdown import Shutdown
+from gateway.api.shutdown import SHUTDOWN, Shutdown
 from gateway.call import Call
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, ShuttingDown
 from gateway.interrupt import Interrupt
 from gateway.schema.payload import Parts
 from gateway.settings import Server
 from gateway.sse import DONE, KEEP_ALIVE, write_events
+
+HANG_UP = "hang-up"
 
 STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -26,95 +27,80 @@ PRIVATE = (b"cache-control", b"no-store")
 """Nobody between here and the client may keep an answer, however old it says it is."""
 
 
-class Hangup:
-    """Cancels the current task when the client leaves: neither a server nor the framework does."""
-
-    def __init__(self, call: Call, client: Client, interrupt: Interrupt) -> None:
-        self._call = call
-        self._client = client
-        self._interrupt = interrupt
-
-    def __enter__(self) -> None:
-        self._client.when_gone(self._ring)
-
-    def _ring(self) -> None:
-        self._interrupt.ring("hang-up")
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> bool:
-        self._client.when_gone(None)
-        gone = self._interrupt.caused(exc, "hang-up")
-        if gone:
-            self._call.outcome = "client_gone"
-        return gone
-
-
 class Answer:
     """An ASGI application that answers one call: JSON, or an event stream if the call asks for one."""
 
     def __init__(
         self, call: Call, parts: AsyncGenerator[Parts], server: Server, interrupt: Interrupt, shutdown: Shutdown
     ) -> None:
-        self.parts = parts
-        self.shutdown = shutdown
-        self.server = server
-        self.interrupt = interrupt
         self._call = call
-        self._request_id = call.request_id
+        self._parts = parts
+        self._server = server
+        self._interrupt = interrupt
+        self._shutdown = shutdown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with Hangup(self._call, client_of(scope), self.interrupt):
-            await (_Stream(self, send).run() if self._call.streamed else self._send_whole(send))
-
-    async def _send_whole(self, send: Send) -> None:
+        """Stops when the client leaves, since nobody else cancels this task, and when the process is about to end."""
+        client = client_of(scope)
+        client.when_gone(self._hang_up)
         try:
-            body = await self._whole()
-        except GatewayError as exc:
-            await self.refuse(exc, send)
-        except Exception as exc:
-            await self.refuse(unexpected(exc), send)
-        else:
-            await send(self.start([JSON, PRIVATE, (b"content-length", b"%d" % len(body))]))
-            await send({"type": "http.response.body", "body": body, "more_body": False})
-            self.completed()
-
-    async def _whole(self) -> bytes:
-        try:
-            with self.shutdown.running(self.interrupt):
-                arrived = await anext(self.parts)
-                await anext(self.parts, None)  # the pipeline ends behind its last part
+            try:
+                self._shutdown.add(self._interrupt)
+                await self._give(send)
+                self._call.outcome = "completed"
+            except asyncio.CancelledError as exc:
+                if not self._interrupt.caused(exc, SHUTDOWN):
+                    raise
+                await self._fail(ShuttingDown(), send)
+            except GatewayError as exc:
+                await self._fail(exc, send)
+            except Exception as exc:
+                await self._fail(unexpected(exc), send)
+        except asyncio.CancelledError as exc:
+            if not self._interrupt.caused(exc, HANG_UP):
+                raise
+            self._call.outcome = "client_gone"
         finally:
-            await self.parts.aclose()
-        return bytes(arrived[0].wire)
+            client.when_gone(None)
+            self._shutdown.discard(self._interrupt)
 
-    def start(self, headers: Headers) -> Any:
+    def _hang_up(self) -> None:
+        self._interrupt.ring(HANG_UP)
+
+    async def _give(self, send: Send) -> None:
+        try:
+            async for arrived in self._parts:  # to its end: the pipeline goes on behind its last part
+                body = bytes(arrived[0].wire)
+        finally:
+            await self._parts.aclose()
+        self._shutdown.discard(self._interrupt)
+        await send(self._start([JSON, PRIVATE, (b"content-length", b"%d" % len(body))]))
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _fail(self, error: GatewayError, send: Send) -> None:
+        self._leaves(error.status)
+        self._call.error = error
+        await ErrorResponse(error, self._call.request_id, self._call.headers).send(send)
+
+    def _start(self, headers: Headers) -> Any:
+        call = self._call
         self._leaves(200)
-        taken_ms = int((self._call.left_at - self._call.started) * 1000)
         headers = [
             *headers,
-            (b"x-request-id", self._request_id.encode()),
-            (b"openai-processing-ms", str(taken_ms).encode()),
+            (b"x-request-id", call.request_id.encode()),
+            (b"openai-processing-ms", b"%d" % ((call.left_at - call.started) * 1000)),
             VERSION,
-            *((name.encode(), value.encode("latin-1")) for name, value in self._call.headers.items()),
         ]
+        if call.headers:
+            headers += [(name.encode(), value.encode("latin-1")) for name, value in call.headers.items()]
         return {"type": "http.response.start", "status": 200, "headers": headers}
-
-    async def refuse(self, error: GatewayError, send: Send) -> None:
-        self._leaves(error.status)
-        self.failed(error)
-        await ErrorResponse(error, self._request_id, self._call.headers).send(send)
-
-    def completed(self) -> None:
-        self._call.outcome = "completed"
-
-    def failed(self, error: GatewayError) -> None:
-        self._call.error = error
 
     def _leaves(self, status: int) -> None:
         self._call.status = status
         self._call.left_at = self._call.clock()
 
 
-class _Stream:
+class Stream(Answer):
     """
     An event stream on its way out.
 
@@ -122,28 +108,20 @@ class _Stream:
     been said for `keep_alive_s`, a comment keeps the connection alive.
     """
 
-    def __init__(self, answer: Answer, send: Send) -> None:
-        self._answer = answer
-        self._send = send
-        self._loop = answer.interrupt.loop
-        self._begun = False
-        self._spoke = self._loop.time()
-        self._beat: asyncio.Task[None] | None = None
+    _begun = False
+    _beat: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        self._timer = self._loop.call_later(self._answer.server.hold_s, self._ring)
+    async def _give(self, send: Send) -> None:
+        self._loop = self._interrupt.loop
+        self._send = send
+        self._spoke = self._loop.time()
+        self._timer = self._loop.call_later(self._server.hold_s, self._ring)
         try:
-            with self._answer.shutdown.running(self._answer.interrupt):
-                async for arrived in self._answer.parts:
-                    await self._write(write_events([part.wire for part in arrived]))
-                await self._write(DONE, last=True)
-            self._answer.completed()
-        except GatewayError as exc:
-            await self._fail(exc)
-        except Exception as exc:
-            await self._fail(unexpected(exc))
+            async for arrived in self._parts:
+                await self._write(write_events([part.wire for part in arrived]))
+            await self._write(DONE, last=True)
         finally:
-            await self._answer.parts.aclose()
+            await self._parts.aclose()
             self._timer.cancel()
             if self._beat is not None:
                 self._beat.cancel()
@@ -152,20 +130,20 @@ class _Stream:
         self._spoke = self._loop.time()
         if not self._begun:
             self._begun = True
-            await self._send(self._answer.start(STREAM_HEADERS))
+            await self._send(self._start(STREAM_HEADERS))
         await self._send({"type": "http.response.body", "body": block, "more_body": not last})
 
-    async def _fail(self, error: GatewayError) -> None:
+    async def _fail(self, error: GatewayError, send: Send) -> None:
         """An error event and no `[DONE]`: SDKs raise, and nobody takes what came for the whole."""
         if self._begun:
-            self._answer.failed(error)
+            self._call.error = error
             await self._write(write_events([error.json()]), last=True)
         else:
             self._begun = True
-            await self._answer.refuse(error, self._send)
+            await super()._fail(error, send)
 
     def _ring(self) -> None:
-        server, now = self._answer.server, self._loop.time()
+        server, now = self._server, self._loop.time()
         due = self._spoke + (server.keep_alive_s if self._begun else server.hold_s)
         if now >= due and (self._beat is None or self._beat.done()):
             self._beat = asyncio.ensure_future(self._write(KEEP_ALIVE))

@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api.answer import Answer
+from gateway.api.answer import Answer, Stream
 from gateway.api.body import read_body
 from gateway.api.client import client_of
 from gateway.api.errors import ErrorResponse, new_request_id, request_id_of, unexpected
@@ -65,7 +65,9 @@ def generation_apps(
             )
             telemetry.begin(call, fields.items())
             try:
-                await Answer(call, pipeline.answer(call), server, interrupt, shutdown)(scope, receive, send)
+                await (Stream if call.streamed else Answer)(call, pipeline.answer(call), server, interrupt, shutdown)(
+                    scope, receive, send
+                )
             finally:
                 pipeline.settle(call)
                 telemetry.over(call)

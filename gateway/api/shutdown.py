@@ -1,9 +1,9 @@
 """How does a request learn that the process is about to end?"""
 
-from types import TracebackType
-
 from gateway.errors import ShuttingDown
 from gateway.interrupt import Interrupt
+
+SHUTDOWN = "shutdown"
 
 
 class Shutdown:
@@ -20,30 +20,13 @@ class Shutdown:
     def cut(self) -> None:
         self._over = True
         for interrupt in self._running:
-            interrupt.ring("shutdown")
-
-    def running(self, interrupt: Interrupt) -> "Running":
-        """A context that may be interrupted, and then raises ShuttingDown."""
-        return Running(self, interrupt)
+            interrupt.ring(SHUTDOWN)
 
     def add(self, interrupt: Interrupt) -> None:
+        """What may be interrupted from now on, for this reason; raises ShuttingDown where it is too late to begin."""
         if self._over:
             raise ShuttingDown
         self._running.add(interrupt)
 
     def discard(self, interrupt: Interrupt) -> None:
         self._running.discard(interrupt)
-
-
-class Running:
-    def __init__(self, shutdown: Shutdown, interrupt: Interrupt) -> None:
-        self._shutdown = shutdown
-        self._interrupt = interrupt
-
-    def __enter__(self) -> None:
-        self._shutdown.add(self._interrupt)
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> None:
-        self._shutdown.discard(self._interrupt)
-        if self._interrupt.caused(exc, "shutdown"):
-            raise ShuttingDown from None
