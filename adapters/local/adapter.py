@@ -10,7 +10,7 @@ from adapters.local.asking import EXTENSIONS, ask_chat, ask_completion
 from adapters.local.frames import Generate, Loading
 from adapters.local.options import read_options
 from adapters.local.process import EngineProcess
-from gateway.adapter import Dispatch, ModelFacts, Patience, UpstreamFacts
+from gateway.adapter import Dispatch, ModelFacts, UpstreamFacts, Vigil
 from gateway.schema.chat import ChatRequest
 from gateway.schema.completions import CompletionRequest
 from gateway.schema.endpoint import CHAT, Endpoint
@@ -30,6 +30,7 @@ class Adapter:
     def __init__(self, upstream: Upstream, *, on_progress: Callable[[Loading], None] | None = None) -> None:
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
             raise SettingsError("models in this machine need torch: install the extra: pip install 'suiron[local]'")
+        self._vigil = Vigil()
         self.engine = EngineProcess(read_options(upstream.options), on_progress)
 
     async def probe(self) -> UpstreamFacts:
@@ -39,6 +40,7 @@ class Adapter:
         return UpstreamFacts(kind="transformers", version=facts.version, models=[model])
 
     async def aclose(self) -> None:
+        self._vigil.close()
         await self.engine.aclose()
 
     def chat(self, request: Payload[ChatRequest], dispatch: Dispatch) -> AsyncGenerator[Parts]:
@@ -57,7 +59,7 @@ class Adapter:
         asked = ask(request)
         choices = asked.n * (len(asked.prompts) or 1)
         timeouts = dispatch.timeouts
-        with Patience(dispatch.deadline) as patience:
+        with self._vigil.patience(dispatch.deadline) as patience:
             async with aclosing(self.engine.generate(asked, choices)) as arrivals:
                 if not request.value.stream:
                     patience.allow(timeouts.total_s)

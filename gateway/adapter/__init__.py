@@ -1,7 +1,7 @@
 """What is an adapter, and what do those have in common that speak HTTP? The gateway's only door to the HTTP client."""
 
 from gateway.adapter.over_http import ASKS_NOTHING, PROBE_S, HTTPAdapter, Outgoing, until_done
-from gateway.adapter.patience import Patience
+from gateway.adapter.patience import Vigil
 from gateway.adapter.waist import Adapter, Dispatch, Features, ModelFacts, Repair, UpstreamFacts, load_adapter
 
 __all__ = [
@@ -13,9 +13,9 @@ __all__ = [
     "HTTPAdapter",
     "ModelFacts",
     "Outgoing",
-    "Patience",
     "Repair",
     "UpstreamFacts",
+    "Vigil",
     "load_adapter",
     "until_done",
 ]

@@ -1,6 +1,6 @@
 """How is an upstream reached over HTTP? All the I/O of its exchanges; what is said in them is for the dialects."""
 
-import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from gateway import __version__, errors
-from gateway.adapter.patience import Events, Patience
+from gateway.adapter.patience import Events, Vigil
 from gateway.adapter.waist import Dispatch, Features, ModelFacts, UpstreamFacts
 from gateway.faults import Fault, read_fault, told_wait, upstream_error
 from gateway.schema.chat import ChatRequest
@@ -78,6 +78,7 @@ class HTTPAdapter:
         self._allowed = {endpoint: (endpoint.known | self.extra_fields) - ASKS_NOTHING for endpoint in ENDPOINTS}
         self._base_url = upstream.base_url.rstrip("/")
         self._transport = transport or Transport(max_connections=upstream.max_connections)
+        self._vigil = Vigil()
         self._preambles: dict[tuple[str, str, bytes], Preamble] = {}
         self._extensions = {
             "timeout": {"connect": upstream.timeouts.connect_s, "read": None, "write": WRITE_S, "pool": POOL_S}
@@ -107,6 +108,7 @@ class HTTPAdapter:
         raise NotImplementedError
 
     async def aclose(self) -> None:
+        self._vigil.close()
         await self._transport.aclose()
 
     def allowed_fields(self, endpoint: Endpoint, request: Payload[Any]) -> dict[str, Any]:
@@ -240,8 +242,7 @@ class HTTPAdapter:
         return answer
 
     async def _once(self, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        loop = asyncio.get_running_loop()
-        with Patience(loop.time() + timeout_s) as patience:
+        with self._vigil.patience(math.inf) as patience:
             patience.allow(timeout_s)
             response = await self._send(method, path, body, b"application/json")
             try:
@@ -255,7 +256,7 @@ class HTTPAdapter:
         headers = [(b"x-request-id", b"%b-%d" % (dispatch.request_id.encode(), dispatch.attempt))]
         if dispatch.traceparent is not None:
             headers.append((b"traceparent", dispatch.traceparent.encode()))
-        with Patience(dispatch.deadline) as patience:
+        with self._vigil.patience(dispatch.deadline) as patience:
             patience.allow(dispatch.timeouts.first_token_s if streamed else dispatch.timeouts.total_s)
             accept = b"text/event-stream" if streamed else b"application/json"
             response = await self._send("POST", outgoing.path, outgoing.body, accept, headers)

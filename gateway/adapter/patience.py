@@ -1,6 +1,7 @@
 """How long may an upstream take, and what are its failures called?"""
 
 import asyncio
+import math
 import ssl
 from types import TracebackType
 
@@ -14,22 +15,63 @@ from gateway.sse import Event, EventReader
 MAX_EVENT_BYTES = 1024 * 1024
 
 
+class Vigil:
+    """
+    The patience with one upstream: one timer for all exchanges, set for the first of them that may be over.
+
+    It is set anew when it rings, or has to ring earlier: so that an exchange seldom costs a timer, which is a tenth of
+    what `asyncio.timeout` around every wait would cost. It is bound to the event loop of its first exchange.
+    """
+
+    def __init__(self) -> None:
+        self.exchanges: set[Patience] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = math.inf
+
+    def patience(self, deadline: float) -> "Patience":
+        """For one exchange of the current task, until *deadline* on the event loop's clock."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return Patience(self, self._loop, deadline)
+
+    def watch(self, until: float, loop: asyncio.AbstractEventLoop) -> None:
+        """Rings at that time, or before it."""
+        if until < self._rings_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._rings_at, self._timer = until, loop.call_at(until, self._ring, loop)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._rings_at, self._timer = math.inf, None
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._rings_at, self._timer = math.inf, None
+        now = loop.time()
+        for patience in list(self.exchanges):
+            if patience.until <= now:
+                patience.end()
+        if self.exchanges:
+            self.watch(min(patience.until for patience in self.exchanges), loop)
+
+
 class Patience:
     """
     How long one exchange may wait, and what its failures are called.
 
-    Between `allow` and `rest` the upstream is being waited for; the time that a slow client takes does not count. One
-    timer, armed anew only when it rings early, costs a tenth of `asyncio.timeout` around every wait. Leaving the
-    context translates the HTTP client's exceptions, and this is the only place that does.
+    Between `allow` and `rest` the upstream is being waited for; the time that a slow client takes does not count.
+    Leaving the context translates the HTTP client's exceptions, and this is the only place that does.
     """
 
-    def __init__(self, deadline: float) -> None:
-        self._interrupt = Interrupt()
-        self._loop = self._interrupt.loop
+    def __init__(self, vigil: Vigil, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+        self.until = math.inf
+        self._vigil = vigil
+        self._loop = loop
+        self._interrupt = Interrupt(loop)
         self._deadline = deadline
-        self._until: float | None = None
         self._latest = deadline
-        self._timer: asyncio.TimerHandle | None = None
 
     def allow(self, seconds: float) -> None:
         self._latest = min(self._loop.time() + seconds, self._deadline)
@@ -37,34 +79,23 @@ class Patience:
 
     def go_on(self) -> None:
         """Waiting again, for no longer than was allowed last."""
-        self._until = until = self._latest
-        if self._timer is None or self._timer.when() > until:
-            self._arm(until)
+        self.until = until = self._latest
+        self._vigil.watch(until, self._loop)
 
     def rest(self) -> None:
-        self._until = None
+        self.until = math.inf
 
-    def _arm(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._ring)
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self._until is None:
-            return
-        if self._loop.time() < self._until:
-            self._arm(self._until)
-        else:
-            self._interrupt.ring()
+    def end(self) -> None:
+        """It is over: whoever waits is interrupted."""
+        self.until = math.inf
+        self._interrupt.ring()
 
     def __enter__(self) -> "Patience":
+        self._vigil.exchanges.add(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> None:
-        self._until = None
-        if self._timer is not None:
-            self._timer.cancel()
+        self._vigil.exchanges.discard(self)
         if exc is None:
             return
         if self._interrupt.caused(exc):
