@@ -61,6 +61,9 @@ class Health:
         """For how long it has asked not to be asked; 0 if it has not."""
         return max(0.0, self._busy_until - now)
 
+    def is_busy(self, now: float) -> bool:
+        return now < self._busy_until
+
     def is_full(self, now: float) -> bool:
         """It has refused a request lately, without saying for how long it will: others go first."""
         return now < self._full_until

@@ -37,7 +37,9 @@ class Choice:
     def __init__(self, candidates: Sequence[Candidate], now: float, random: Callable[[], float]) -> None:
         self._left = in_order(candidates, now, random)
         self._last: Candidate | None = None
-        if len(candidates) == 1 or all(health.is_out(now) for _, health in candidates):
+        if len(candidates) == 1:
+            self._last = candidates[0]
+        elif all(health.is_out(now) for _, health in candidates):
             self._last = max(self._left, key=lambda candidate: candidate[1].ejected_at)
 
     @property
@@ -75,4 +77,4 @@ class Choice:
 def _has_room(candidate: Candidate, now: float) -> bool:
     target, health = candidate
     full = target.max_in_flight is not None and health.in_flight >= target.max_in_flight
-    return not full and not health.busy_s(now)
+    return not full and not health.is_busy(now)

@@ -5,7 +5,6 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from gateway.adapter import Dispatch
@@ -98,7 +97,8 @@ class Router:
         attempt is in `call.attempts`, with its error and, if it was abandoned, the usage it had told. Raises what the
         last target to fail raised, or InvalidRequest where none can do what is asked.
         """
-        with _Passage(self, call, targets) as passage:
+        passage = _Passage(self, call, targets)
+        try:
             while attempt := passage.next():
                 verb = getattr(attempt.target.adapter, call.endpoint.verb)
                 held: Parts = []
@@ -124,6 +124,8 @@ class Router:
                 if pause_s:
                     await self.sleep(pause_s)
             raise passage.verdict()
+        finally:
+            passage.over()
 
     def over(self, call: Call) -> None:
         """The call is; only now is it known whether its answer was whole."""
@@ -142,9 +144,10 @@ class Router:
         return [Standing(label, health.state(now), health.in_flight) for label, health in self._health.items()]
 
     def health(self, target: Target) -> Health:
-        label = target.label
-        health = self._health.get(label)
-        return health or self._health.setdefault(label, Health(self.draw))
+        health = self._health.get(target.label)
+        if health is None:
+            health = self._health[target.label] = Health(self.draw)
+        return health
 
     def may_retry(self) -> bool:
         """Whether a request may move on; it then has one of the retries, until `retrying` is told of its end."""
@@ -155,7 +158,7 @@ class Router:
 
     def latest_end(self, targets: Sequence[Target]) -> float:
         """Until when a request that starts now may take in all, on `time.monotonic`."""
-        return time.monotonic() + max(self._upstreams[target.upstream].timeouts.total_s for target in targets)
+        return time.monotonic() + max([self._upstreams[target.upstream].timeouts.total_s for target in targets])
 
     def judge(self, target: Target, error: UpstreamError, targets: Sequence[Target]) -> None:
         """An attempt with *target*, one of the model's *targets*, has failed."""
@@ -195,17 +198,15 @@ class _Passage:
         candidates = [(target, router.health(target)) for target in targets]
         self._choice = Choice(candidates, router.clock(), router.draw)
         self._attempt: Attempt
+        self._health: Health  # of its target
         self._retries = 0
         self._generations = 0
         self._error: UpstreamError | None = None
         self._refusal: InvalidRequest | None = None
         self.deadline = router.latest_end(targets) - (call.clock() - call.started)
+        router.in_flight += 1
 
-    def __enter__(self) -> "_Passage":
-        self._router.in_flight += 1
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None) -> None:
+    def over(self) -> None:
         self._router.in_flight -= 1
         self._router.retrying -= self._retries
 
@@ -220,12 +221,13 @@ class _Passage:
             self._router.watch.retried(self._attempt.target.label)
         self._attempt = attempt = Attempt(target, self._call.clock())
         self._call.attempts.append(attempt)
-        self._router.health(target).in_flight += 1
+        self._health = self._router.health(target)
+        self._health.in_flight += 1
         return attempt
 
     def answered(self) -> None:
         self._attempt.answered = True
-        self._router.health(self._attempt.target).answered(self._router.clock())
+        self._health.answered(self._router.clock())
 
     def failed(self, error: UpstreamError | InvalidRequest) -> float:
         """
@@ -252,7 +254,7 @@ class _Passage:
 
     def ended(self) -> None:
         self._attempt.ended = self._call.clock()
-        self._router.health(self._attempt.target).in_flight -= 1
+        self._health.in_flight -= 1
 
     def verdict(self) -> GatewayError:
         """What to tell the client where no target has answered."""
