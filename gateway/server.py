@@ -157,7 +157,7 @@ class Gateway:
         await self._entrance.close()
         for connection in [*everybody]:
             connection.close_if_idle()
-        if running := len(tasks):
+        if running := sum(not connection.is_idle for connection in everybody):
             logger.info("waiting for %d requests to end; a second signal ends them now", running)
         await self._until_empty(self.settings.grace_s, self._hurried)
         self.shutdown.cut()

@@ -11,7 +11,7 @@ import enum
 import ipaddress
 import math
 from collections import deque
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, Coroutine, MutableSequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
@@ -52,6 +52,12 @@ class Connections:
         self.date = b""
         self._on_left = on_left
 
+    def run(self, serving: Coroutine[Any, Any, None]) -> None:
+        """In a task that is one of `tasks` until it ends."""
+        task = asyncio.get_running_loop().create_task(serving)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
     def left(self, connection: "Connection") -> None:
         self.open.discard(connection)
         self._on_left()
@@ -75,7 +81,6 @@ class Connection(asyncio.Protocol):
     def __init__(self, shared: Connections) -> None:
         self.loop = asyncio.get_running_loop()
         self.shared = shared
-        self.tasks = shared.tasks
         self.is_writable = asyncio.Event()
         self.is_writable.set()
         self._settings = shared.settings
@@ -93,6 +98,7 @@ class Connection(asyncio.Protocol):
         self._arrived_bytes = 0
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._turn: asyncio.Future[tuple[Exchange, ASGIApp]] | None = None
         self._fault: GatewayError | None = None
         self._surplus = False
         self._due = math.inf
@@ -144,6 +150,8 @@ class Connection(asyncio.Protocol):
         for timer in (self._timer, self._stall):
             if timer is not None:
                 timer.cancel()
+        if self._turn is not None:
+            self._turn.cancel()
         self.shared.left(self)
 
     # What the parser tells.
@@ -175,7 +183,7 @@ class Connection(asyncio.Protocol):
         self._read = exchange = Exchange(self, scope, keep_alive=goes_on and scope["http_version"] == "1.1")
         self._reading = Reading.BODY
         self._due = math.inf
-        if self._is_idle:
+        if self.is_idle:
             self._begin(exchange)
         else:
             self._waiting.append(exchange)
@@ -303,10 +311,24 @@ class Connection(asyncio.Protocol):
         if self._surplus and not exchange.scope["path"].startswith("/health/"):
             exchange.keep_alive = False
             app = ErrorResponse(Overloaded("The gateway has as many connections as it takes. Try again later."))
-        exchange.start(app)
+        if self._turn is None:
+            self.shared.run(self._serve(exchange, app))
+        else:
+            turn, self._turn = self._turn, None
+            turn.set_result((exchange, app))
+
+    async def _serve(self, exchange: Exchange, app: ASGIApp) -> None:
+        """One task for all requests, unless something has cancelled it: one for each would cost a thirtieth of them."""
+        task = asyncio.current_task(self.loop)
+        while True:
+            await exchange.run(app)
+            if self._turn is not None or self.transport.is_closing() or (task is not None and task.cancelling()):
+                return
+            self._turn = turn = self.loop.create_future()
+            exchange, app = await turn
 
     @property
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
         return self._active is None or self._active.is_complete
 
     def close(self) -> None:
@@ -321,7 +343,7 @@ class Connection(asyncio.Protocol):
             self._active.keep_alive = False
 
     def close_if_idle(self) -> None:
-        if self._is_idle:
+        if self.is_idle:
             self.close()
         else:
             self.close_after_answer()
@@ -337,7 +359,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: GatewayError) -> None:
         """Answers what is being read when its turn has come; nothing more is read."""
         self._fault = error
-        if not self._is_idle or self.transport.is_closing():
+        if not self.is_idle or self.transport.is_closing():
             return
         status, headers, body = ErrorResponse(error).parts()
         lines = dict([*headers, (b"connection", b"close")])

@@ -24,8 +24,6 @@ class Line(Protocol):
 
     loop: asyncio.AbstractEventLoop
     is_writable: asyncio.Event
-    tasks: set[asyncio.Task[None]]
-    """Of all connections: each exchange is there while its application runs."""
 
     @property
     def date(self) -> bytes:
@@ -66,11 +64,7 @@ class Exchange:
         self._missing_bytes: int | None = None  # of the body; None where its length was not told
         scope["extensions"] = {CLIENT: self}
 
-    def start(self, app: ASGIApp) -> None:
-        self._task = self._connection.loop.create_task(self._run(app))
-        self._connection.tasks.add(self._task)
-
-    async def _run(self, app: ASGIApp) -> None:
+    async def run(self, app: ASGIApp) -> None:
         try:
             await app(self.scope, self.receive, self.send)
             if not self.is_started and not self.is_gone:
@@ -81,7 +75,6 @@ class Exchange:
                 await ErrorResponse(error).send(self.send)
         finally:
             del self.scope["extensions"]  # they refer to us: a cycle for the garbage collector
-            self._connection.tasks.discard(self._task)
             if not self.is_complete and not self.is_gone:
                 self._connection.close()
 
