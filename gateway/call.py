@@ -163,6 +163,9 @@ class Entry(Protocol):
     @property
     def intent(self) -> bytes: ...
 
+    @property
+    def outcome(self) -> bytes: ...
+
     def close(self, exc: BaseException | None) -> UsageRecord | None:
         """The record; None where there is nothing to record."""
         ...

@@ -105,15 +105,15 @@ class Ledger:
             self.counts.unpriced += 1
         return complete(call, record, exc)
 
-    def post(self, record: UsageRecord, slot: int) -> None:
-        """It is over: the record stays in the journal until it is in the database. Does not wait, and does not fail."""
+    def post(self, entry: "Entry") -> None:
+        """It is over: its record stays in the journal until it is in the database. Does not wait, and does not fail."""
         if self._journal is not None:
-            wire = encode(record)
+            wire = entry.outcome
             if len(wire) > MAX_OUTCOME:
-                wire = encode(shortened(record, MAX_OUTCOME))
-            self._journal.close(slot, wire)
+                wire = encode(shortened(entry.record, MAX_OUTCOME))
+            self._journal.close(entry.slot, wire)
         if self._writer is not None:
-            self._writer.put(record, self._journal, slot)
+            self._writer.put(entry.record, self._journal, entry.slot)
 
     def drop(self, slot: int) -> None:
         """Nothing was dispatched: there is nothing to record."""
@@ -250,30 +250,40 @@ class Entry:
     """
     One call's place in the ledger, as a context: what comes out of it is recorded, unless nothing was dispatched.
 
-    `intent` goes into the reservation. Who needs the record before it is posted calls `close` with what ended the call.
+    `intent` goes into the reservation, and `outcome` to who settles it: the record, encoded, as it was when the entry
+    was opened, and as it is when it is closed. Who needs the record before it is posted calls `close` with what ended
+    the call.
     """
 
-    __slots__ = ("_intent", "_ledger", "_record", "call", "closed", "slot")
+    __slots__ = ("_intent", "_ledger", "_outcome", "call", "closed", "record", "slot")
 
     def __init__(self, ledger: Ledger, call: Call, record: UsageRecord, intent: bytes | None, slot: int) -> None:
         self._ledger = ledger
-        self._record = record
+        self.record = record
         self.call = call
         self._intent = intent
+        self._outcome: bytes | None = None
         self.slot = slot
         self.closed = False
         ledger.under_way.add(self)
 
     @property
     def intent(self) -> bytes:
-        """As it was when the entry was opened; to be asked for before it is closed."""
+        """To be asked for before it is closed."""
         if self._intent is None:
-            self._intent = encode(self._record)
+            self._intent = encode(self.record)
         return self._intent
 
     @property
+    def outcome(self) -> bytes:
+        """To be asked for after it is closed."""
+        if self._outcome is None:
+            self._outcome = encode(self.record)
+        return self._outcome
+
+    @property
     def request_id(self) -> str:
-        return self._record.request_id
+        return self.record.request_id
 
     def close(self, exc: BaseException | None) -> UsageRecord | None:
         """The record, posted; None where nothing was dispatched, nor answered from the cache. Once, and at once."""
@@ -283,8 +293,8 @@ class Entry:
         if not call.attempts and call.cache not in ("hit", "shared"):
             ledger.drop(self.slot)
             return None
-        record = ledger.record(call, self._record, exc)
-        ledger.post(record, self.slot)
+        record = ledger.record(call, self.record, exc)
+        ledger.post(self)
         return record
 
     def __enter__(self) -> "Entry":

@@ -7,7 +7,7 @@ from datetime import datetime
 import msgspec
 
 from gateway.call import Call
-from gateway.database.record import UsageRecord, encode
+from gateway.database.record import UsageRecord
 from gateway.errors import LimiterUnavailable
 from gateway.limits import told
 from gateway.limits.fallback import Shares
@@ -90,7 +90,8 @@ class Limiter:
             self._forget(call)
             call.limits_hit.append((terms.terms[decision.denied].label, "refused"))
             raise told.refusal(terms, decision, costs, self._now())
-        call.limits_hit += [(terms.terms[index].label, "shadow") for index in decision.shadowed]
+        if decision.shadowed:
+            call.limits_hit += [(terms.terms[index].label, "shadow") for index in decision.shadowed]
 
     def settle(self, call: Call, record: UsageRecord | None) -> None:
         """*call* is over, and took what *record* says; nothing at all where there is none. Does not wait."""
@@ -101,7 +102,7 @@ class Limiter:
         actual, exact = settlement(record)
         if call.degraded and self._shares is not None:
             self._shares.settle(reservation, actual, exact=exact)
-        event = encode(record) if self._records and record is not None else b""
+        event = call.entry.outcome if self._records and record is not None and call.entry is not None else b""
         self._store.settle(reservation, actual, exact=exact, event=event)
 
     def keeps(self, request_id: str) -> bool:

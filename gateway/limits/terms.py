@@ -15,6 +15,7 @@ NANO = 10**9
 OnLoss = Literal["local", "guard", "closed", "open"]
 
 METRICS: dict[str, Metric] = {"requests": "requests", "tokens": "tokens", "usd": "nano_usd"}
+RATES: tuple[Metric, Metric] = "requests", "tokens"
 WINDOWS_MS = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 PERIODS: dict[str, Period] = {"day": "day", "month": "month"}
 
@@ -38,14 +39,18 @@ class Terms:
     """
     All that one key is under on one model: the plan for the store, and a term for each of its rules.
 
-    `seen` is what the store last said of them, None before it has, and `seen_s` when, on the monotonic clock.
+    `firm` are those that refuse when they are used up, as place and limit, leases aside; `rates` those of them that
+    headers tell of, by metric. `seen` is what the store last said of them, None before it has, and `seen_s` when, on
+    the monotonic clock.
     """
 
-    __slots__ = ("ceiling_nano_usd", "ceiling_tokens", "plan", "seen", "seen_s", "strict", "terms")
+    __slots__ = ("ceiling_nano_usd", "ceiling_tokens", "firm", "plan", "rates", "seen", "seen_s", "strict", "terms")
 
     def __init__(self, slot: str, terms: tuple[Term, ...]) -> None:
         self.plan = Plan(slot, tuple(term.rule for term in terms))
         self.terms = terms
+        self.firm = _firm(terms, *METRICS.values())
+        self.rates = [(metric, rules) for metric in RATES if (rules := _firm(terms, metric))]
         self.seen: Decision | None = None
         self.seen_s = 0.0
         self.strict = any(term.strict for term in terms)
@@ -53,11 +58,18 @@ class Terms:
         self.ceiling_nano_usd = _ceiling(terms, "nano_usd")
 
 
+def _firm(terms: tuple[Term, ...], *metrics: Metric) -> list[tuple[int, int]]:
+    rules = [term.rule for term in terms]
+    return [
+        (index, rule.limit)
+        for index, rule in enumerate(rules)
+        if not isinstance(rule, Lease) and rule.metric in metrics and not rule.shadow
+    ]
+
+
 def _ceiling(terms: tuple[Term, ...], metric: Metric) -> int | None:
     """The most that one request can take of *metric* and be admitted; None where nothing bounds it."""
-    rules = [term.rule for term in terms]
-    bounds = [rule.limit for rule in rules if not isinstance(rule, Lease) and rule.metric == metric and not rule.shadow]
-    return min(bounds, default=None)
+    return min((limit for _, limit in _firm(terms, metric)), default=None)
 
 
 def terms_of(settings: Settings, principal: Principal, model: str) -> Terms:

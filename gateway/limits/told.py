@@ -1,6 +1,5 @@
 """What is a client told of its limits? OpenAI's headers, warnings, and errors that name the limit and its figures."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from gateway.errors import GatewayError, QuotaExceeded, RateLimited, RequestTooLarge
@@ -14,36 +13,33 @@ WARN_AT = ((0.05, 95), (0.2, 80))
 """The share that is left, and the percentage that is used, from the more urgent on."""
 
 
-def headers(terms: Terms, decision: Decision) -> Iterator[tuple[str, str]]:
+def headers(terms: Terms, decision: Decision) -> dict[str, str]:
     """OpenAI's six, as far as there are limits: for requests and for tokens that of which the least is left."""
-    for metric in ("requests", "tokens"):
-        index = _tightest(terms, decision, metric)
-        if index is not None:
-            rule = terms.terms[index].rule
-            yield f"x-ratelimit-limit-{metric}", str(rule.limit)
-            yield f"x-ratelimit-remaining-{metric}", str(decision.remaining[index])
-            yield f"x-ratelimit-reset-{metric}", go_duration(decision.reset_ms[index])
+    said, remaining = {}, decision.remaining
+    for metric, limits in terms.rates:
+        index, limit = limits[0] if len(limits) == 1 else min(limits, key=lambda one: _share_left(remaining, *one))
+        said[f"x-ratelimit-limit-{metric}"] = str(limit)
+        said[f"x-ratelimit-remaining-{metric}"] = str(remaining[index])
+        said[f"x-ratelimit-reset-{metric}"] = go_duration(decision.reset_ms[index])
+    return said
 
 
-def _tightest(terms: Terms, decision: Decision, metric: str) -> int | None:
-    least, found = 2.0, None
-    for index, term in enumerate(terms.terms):
-        rule = term.rule
-        if isinstance(rule, Lease) or rule.metric != metric or rule.shadow:
-            continue
-        left = decision.remaining[index] / rule.limit if rule.limit else 0.0
-        if left < least:
-            least, found = left, index
-    return found
+def _share_left(remaining: list[int], index: int, limit: int) -> float:
+    return remaining[index] / limit if limit else 0.0
 
 
 def warnings(terms: Terms, decision: Decision) -> list[tuple[Term, int, str]]:
     """The limits of which 80 or 95 % and more are used: with that percentage, and in words."""
+    remaining = decision.remaining
     return [
-        (term, next(percent for share, percent in WARN_AT if left <= share * term.rule.limit), _used_up(term, left))
-        for term, left in zip(terms.terms, decision.remaining, strict=True)
-        if left <= 0.2 * term.rule.limit and not term.rule.shadow and not isinstance(term.rule, Lease)
+        (terms.terms[index], _percent(remaining[index], limit), _used_up(terms.terms[index], remaining[index]))
+        for index, limit in terms.firm
+        if remaining[index] <= 0.2 * limit
     ]
+
+
+def _percent(left: int, limit: int) -> int:
+    return next(percent for share, percent in WARN_AT if left <= share * limit)
 
 
 def _used_up(term: Term, left: int) -> str:
