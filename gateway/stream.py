@@ -102,14 +102,17 @@ class Whole:
 
 def whole(call: Call, part: Part[Any]) -> Part[Any]:
     """A completion with every member OpenAI requires and no null that its schema forbids."""
-    members: dict[str, Any] = {name: raw for name, raw in _MEMBERS.decode(part.wire).items() if raw != NULL}
-    usage = _tidy_usage(members.pop("usage", None), part.usage or call.usage, call.endpoint.streams)
+    members: dict[str, Any] = _MEMBERS.decode(part.wire)
+    is_tidy = call.endpoint.streams and part.wire.count(b"null") == _required_nulls(part.value.choices)
+    if not is_tidy:
+        members = {name: raw for name, raw in members.items() if raw != NULL}
+    usage = _tidy_usage(members.pop("usage", None), part.usage or call.usage, call.endpoint.streams, is_tidy=is_tidy)
     members["object"] = call.endpoint.object
     members["model"] = call.request.value.model
     if call.endpoint.streams:
         members["id"] = call.endpoint.id_prefix + call.id
         members["created"] = call.created
-        members["choices"] = _whole_choices(call, part.value.choices, members["choices"])
+        members["choices"] = _whole_choices(call, part.value.choices, members["choices"], is_tidy)
         if _wants_tier(call):
             members.setdefault("service_tier", DEFAULT_TIER)
     else:
@@ -124,11 +127,11 @@ def _wants_tier(call: Call) -> bool:
     return call.endpoint is CHAT and call.request.value.service_tier is not None
 
 
-def _whole_choices(call: Call, choices: Any, raw: Raw) -> Any:
+def _whole_choices(call: Call, choices: Any, raw: Raw, is_tidy: bool) -> Any:
     expected = expected_choices(call.request.value)
     if len(choices) < expected or not all(choice.finish_reason for choice in choices):
         raise UpstreamFailed("The upstream's answer is not complete.")
-    if len(choices) == expected and _is_complete(choices, raw):
+    if is_tidy and len(choices) == expected:
         return raw
     completed = [_completed(members, call.endpoint is CHAT) for members in _in_order(choices, raw)[:expected]]
     return [{**members, "index": position} for position, members in enumerate(completed)]
@@ -149,27 +152,23 @@ def _in_order(items: Any, raw: Raw) -> list[dict[str, Raw]]:
     return [decoded[position] for position in sorted(range(len(items)), key=indexes.__getitem__)]
 
 
-def _is_complete(choices: Any, raw: Raw) -> bool:
-    """Whether the choices are in order, lack no member, and have no null but those that must stay."""
+def _required_nulls(choices: Any) -> int | None:
+    """
+    How many of the members that may be null are, which must stay.
+
+    None if one is missing, or must be looked into, or the choices are not in order.
+    """
     nulls = 0
     for position, choice in enumerate(choices):
-        required = _required_nulls(choice)
-        if choice.index != position or required is None:
-            return False
-        nulls += required
-    return bytes(raw).count(b"null") == nulls
-
-
-def _required_nulls(choice: Any) -> int | None:
-    """How many of the members that may be null are; None if one is missing, or must be looked into."""
-    message = getattr(choice, "message", None)
-    if choice.logprobs is not None:
-        return None
-    if message is None:
-        return 1
-    if message.role is None or message.content is UNSET or message.refusal is UNSET:
-        return None
-    return 1 + (message.content is None) + (message.refusal is None)
+        if choice.index != position or choice.logprobs is not None:
+            return None
+        nulls += 1
+        message = getattr(choice, "message", None)
+        if message is not None:
+            if message.role is None or message.content is UNSET or message.refusal is UNSET:
+                return None
+            nulls += (message.content is None) + (message.refusal is None)
+    return nulls
 
 
 def _completed(choice: dict[str, Raw], chat: bool) -> dict[str, Any]:
@@ -198,13 +197,13 @@ def _without_needless_nulls(message: Raw) -> dict[str, Any]:
     return members
 
 
-def _tidy_usage(raw: Raw | None, usage: Usage | None, is_of_text: bool = True) -> Any:
+def _tidy_usage(raw: Raw | None, usage: Usage | None, is_of_text: bool = True, *, is_tidy: bool = False) -> Any:
     """Usage that adds up and has no null in it, and of a text its completion, be it 0; None if nobody knows."""
     if usage is None or usage.prompt_tokens < 0 or usage.completion_tokens < 0:
         return None
     total = usage.prompt_tokens + usage.completion_tokens
     told = usage.completion_tokens or not is_of_text
-    if raw is not None and told and usage.total_tokens == total and b"null" not in bytes(raw):
+    if raw is not None and told and usage.total_tokens == total and (is_tidy or b"null" not in bytes(raw)):
         return raw
     members = msgspec.json.decode(raw) if raw is not None else msgspec.to_builtins(usage)
     return _without_nulls({**({} if told else {"completion_tokens": 0}), **members, "total_tokens": total})
