@@ -54,7 +54,7 @@ class EventReader:
             documents = block[6:-2].split(BETWEEN)
             if block.count(b"\n") == 2 * len(documents):  # each has one line, as in nearly all blocks
                 self._rest = b""
-                return [Event(data) for data in documents]
+                return list(map(Event, documents))
         *lines, self._rest = block.split(b"\n")
         events = []
         for line in lines:

@@ -288,7 +288,9 @@ class Chunks:
         raw_usage, raw_choices = members.pop("usage", None), members.pop("choices")
         if part.usage is not None:
             self._usage = raw_usage, part.usage
-        rest = {name: raw for name, raw in members.items() if name not in NOT_OURS and raw != NULL}
+        rest = {}
+        if not members.keys() <= NOT_OURS:
+            rest = {name: raw for name, raw in members.items() if name not in NOT_OURS and raw != NULL}
         if "service_tier" in self._minted and "service_tier" in rest:
             self._minted["service_tier"] = rest["service_tier"]
         self._theirs = None

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import httpx2
@@ -38,6 +39,8 @@ ASKS_NOTHING = frozenset(
 """Fields that ask nothing of the answer: they are for this gateway, and stay here."""
 
 JSON = (b"content-type", b"application/json")
+
+_DATA = attrgetter("data")
 
 
 class _Listed(Struct):
@@ -154,8 +157,9 @@ class HTTPAdapter:
         """
         decoder = endpoint.chunks
         mould: Mould | None = None
+        begun = False
         async for arrived in events:
-            documents = [event.data for event in arrived]
+            documents = list(map(_DATA, arrived))
             parts: Parts = []
             place = 0
             try:
@@ -171,8 +175,9 @@ class HTTPAdapter:
                         return
                     value = self.read(decoder, document)
                     part = Part(value, document, value.usage or None) if mend is None else mend(value, document)
-                    mould = Mould.of(document) if part.usage is None and part.wire is document else None
-                    part.mould = mould
+                    is_mould = begun and part.usage is None and part.wire is document
+                    mould = part.mould = Mould.of(document) if is_mould else None
+                    begun = True  # with a chunk that is like no other
                     parts.append(part)
             finally:
                 if parts:

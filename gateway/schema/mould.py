@@ -22,29 +22,29 @@ class Mould(Struct, array_like=True, frozen=True, gc=False):
     @classmethod
     def of(cls, wire: bytes) -> "Mould | None":
         """None if there is no telling where the text is."""
-        places = list(_TEXT.finditer(wire))
-        if len(places) != 1:
+        found = _TEXT.search(wire)
+        if found is None:
             return None
-        start = places[0].end()
-        end = start + len(_INSIDE.match(wire, start)[0])  # type: ignore[index]  # it matches everywhere
-        return cls(wire[:start], wire[end:], len(wire) - (end - start)) if wire[end : end + 1] == b'"' else None
+        start = found.end()
+        end = _INSIDE.match(wire, start).end()  # type: ignore[union-attr]  # it matches everywhere
+        if wire[end : end + 1] != b'"' or _TEXT.search(wire, end) is not None:
+            return None
+        return cls(wire[:start], wire[end:], len(wire) - (end - start))
 
     def text_of(self, wire: bytes) -> bytes | None:
         """The text of a chunk, as it is written in JSON; None if it differs in more than that, or may."""
-        if len(wire) < self.shortest or not wire.startswith(self.before) or not wire.endswith(self.after):
-            return None
-        text = wire[len(self.before) : -len(self.after)]
-        return text if _is_inside(text) else None
+        texts = self.texts_of([wire])
+        return texts[0] if texts else None
 
     def texts_of(self, wires: Sequence[bytes]) -> list[bytes]:
         """The texts of the first of *wires*, up to one that differs in more, or may."""
-        before, after, shortest = self.before, self.after, self.shortest
-        start, end = len(before), -len(after)
+        before, after, around = self.before, self.after, self.shortest
         texts = []
         for wire in wires:
-            if len(wire) < shortest or not wire.startswith(before) or not wire.endswith(after):
+            text = wire.removeprefix(before).removesuffix(after)
+            if len(wire) - len(text) != around:
                 break
-            texts.append(wire[start:end])
+            texts.append(text)
         if _is_inside(b" ".join(texts)):  # none ends in a backslash: before a space, that is no escape
             return texts
         return list(takewhile(_is_inside, texts))
