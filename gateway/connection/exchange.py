@@ -197,8 +197,8 @@ class Exchange:
 
 def head_of(status: int, date: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """The head of an answer, without the empty line at its end. Raises RuntimeError where a line would be two."""
-    lines = [STATUS_LINES[status], date, *[b"%b: %b\r\n" % header for header in headers]]
-    head = b"".join(lines)
-    if not head.count(b"\n") == head.count(b"\r") == len(lines):
+    lines = [b": ".join(header) for header in headers]
+    head = b"%b%b%b\r\n" % (STATUS_LINES[status], date, b"\r\n".join(lines))
+    if not head.count(b"\n") == head.count(b"\r") == 2 + len(lines):
         raise RuntimeError("a header of the answer has a line break in it")
     return head

@@ -110,7 +110,7 @@ _ANYTHING = msgspec.json.Decoder()
 _encode = msgspec.json.Encoder().encode
 
 
-def _document(body: bytes, text: str) -> Any:
+def _document(body: bytes, text: str, escapes: bool) -> Any:
     """
     *body* decoded. Raises _DuplicateKey, of which msgspec would keep the last.
 
@@ -119,7 +119,7 @@ def _document(body: bytes, text: str) -> Any:
     """
     try:
         document = _ANYTHING.decode(body)
-        if b"\\u" not in body and body.count(b'"') == _encode(document).count(b'"'):
+        if not escapes and body.count(b'"') == _encode(document).count(b'"'):
             return document
     except (msgspec.ValidationError, OverflowError):  # an integer that is too large for msgspec
         pass
@@ -135,7 +135,8 @@ def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str
     try:
         text = body.decode()
         value = endpoint.requests.decode(body)
-        document = _document(body, text)
+        escapes = b"\\u" in body
+        document = _document(body, text, escapes)
     except UnicodeDecodeError:
         raise _not_json("It is not valid UTF-8.") from None
     except RecursionError:
@@ -147,13 +148,14 @@ def read_request(endpoint: Endpoint, body: bytes) -> tuple[Payload[Any], set[str
         raise MalformedBody(f"The key '{name}' occurs twice in the same object.", param=name) from None
     except ValueError as exc:  # malformed for msgspec, or an integer of thousands of digits for json
         raise _not_json("" if "digits" in str(exc) else f"{exc}.") from None
-    if _OPERATOR_KEY.search(body) or (b"\\u00" in body and _ESCAPED_LETTER.search(body)):
+    if _OPERATOR_KEY.search(body) or (escapes and _ESCAPED_LETTER.search(body)):
         _refuse_operator_fields(document)
     value.check()
     if endpoint.streams:
         _check_stream_options(value)
-    unknown = document.keys() - endpoint.known
-    return Payload(value, body), {name for name in unknown if not asks_nothing(name, document[name])}
+    known = endpoint.known
+    unknown = {name for name, asked in document.items() if name not in known and not asks_nothing(name, asked)}
+    return Payload(value, body), unknown
 
 
 def asks_nothing(name: str, value: Any) -> bool:
