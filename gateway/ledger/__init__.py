@@ -53,7 +53,7 @@ class Ledger:
         *,
         committed: Committed = lambda _: None,
         clock: Callable[[], float] = time.time,
-        wait_s: float = 0.1,
+        wait_s: float = 0.25,
     ) -> None:
         self.counts = LedgerCounts()
         self.committed = committed
