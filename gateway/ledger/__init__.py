@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
+from msgspec import Struct
 
 from gateway import settings
 from gateway.call import Call
@@ -74,17 +75,19 @@ class Ledger:
 
     def entry(self, call: Call) -> "Entry":
         """To be opened before anything is spent; see `Entry`. Raises LedgerFull: nothing may be dispatched then."""
-        record = intended(call, self._now_ms())
-        if self._journal is None:
-            return Entry(self, call, record, None, 0)
-        intent = encode(record)
-        if len(intent) > MAX_INTENT:
-            intent = encode(shortened(record, MAX_INTENT))
-        try:
-            return Entry(self, call, record, intent, self._journal.open(intent))
-        except JournalFull:
-            self.counts.full += 1
-            raise LedgerFull from None
+        record, intent, slot = intended(call, self._now_ms()), None, 0
+        if self._journal is not None:
+            intent = encode(record)
+            if len(intent) > MAX_INTENT:
+                intent = encode(shortened(record, MAX_INTENT))
+            try:
+                slot = self._journal.open(intent)
+            except JournalFull:
+                self.counts.full += 1
+                raise LedgerFull from None
+        entry = Entry(self, call, record, slot, intent)
+        self.under_way.add(entry)
+        return entry
 
     def beat(self, generated: Callable[[Call], int]) -> None:
         """Note how far all are that are under way: what each is billed for if this process dies. Every second or so."""
@@ -246,7 +249,7 @@ def _prepare(database: Database, slots: int) -> None:
         logger.error("%s; until it is there, up to %d requests wait in the journal", exc, slots)
 
 
-class Entry:
+class Entry(Struct, eq=False):
     """
     One call's place in the ledger, as a context: what comes out of it is recorded, unless nothing was dispatched.
 
@@ -255,17 +258,13 @@ class Entry:
     the call.
     """
 
-    __slots__ = ("_intent", "_ledger", "_outcome", "call", "closed", "record", "slot")
-
-    def __init__(self, ledger: Ledger, call: Call, record: UsageRecord, intent: bytes | None, slot: int) -> None:
-        self._ledger = ledger
-        self.record = record
-        self.call = call
-        self._intent = intent
-        self._outcome: bytes | None = None
-        self.slot = slot
-        self.closed = False
-        ledger.under_way.add(self)
+    ledger: Ledger
+    call: Call
+    record: UsageRecord
+    slot: int
+    _intent: bytes | None
+    closed: bool = False
+    _outcome: bytes | None = None
 
     @property
     def intent(self) -> bytes:
@@ -288,7 +287,7 @@ class Entry:
     def close(self, exc: BaseException | None) -> UsageRecord | None:
         """The record, posted; None where nothing was dispatched, nor answered from the cache. Once, and at once."""
         self.closed = True
-        call, ledger = self.call, self._ledger
+        call, ledger = self.call, self.ledger
         ledger.under_way.discard(self)
         if not call.attempts and call.cache not in ("hit", "shared"):
             ledger.drop(self.slot)

@@ -40,8 +40,8 @@ class Terms:
     All that one key is under on one model: the plan for the store, and a term for each of its rules.
 
     `firm` are those that refuse when they are used up, as place and limit, leases aside; `rates` those of them that
-    headers tell of, by metric. `seen` is what the store last said of them, None before it has, and `seen_s` when, on
-    the monotonic clock.
+    headers tell of, behind the names of these. `seen` is what the store last said of them, None before it has, and
+    `seen_s` when, on the monotonic clock.
     """
 
     __slots__ = ("ceiling_nano_usd", "ceiling_tokens", "firm", "plan", "rates", "seen", "seen_s", "strict", "terms")
@@ -50,7 +50,7 @@ class Terms:
         self.plan = Plan(slot, tuple(term.rule for term in terms))
         self.terms = terms
         self.firm = _firm(terms, *METRICS.values())
-        self.rates = [(metric, rules) for metric in RATES if (rules := _firm(terms, metric))]
+        self.rates = [(_headers(metric), rules) for metric in RATES if (rules := _firm(terms, metric))]
         self.seen: Decision | None = None
         self.seen_s = 0.0
         self.strict = any(term.strict for term in terms)
@@ -65,6 +65,10 @@ def _firm(terms: tuple[Term, ...], *metrics: Metric) -> list[tuple[int, int]]:
         for index, rule in enumerate(rules)
         if not isinstance(rule, Lease) and rule.metric in metrics and not rule.shadow
     ]
+
+
+def _headers(metric: Metric) -> tuple[str, str, str]:
+    return f"x-ratelimit-limit-{metric}", f"x-ratelimit-remaining-{metric}", f"x-ratelimit-reset-{metric}"
 
 
 def _ceiling(terms: tuple[Term, ...], metric: Metric) -> int | None:

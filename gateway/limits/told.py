@@ -16,11 +16,11 @@ WARN_AT = ((0.05, 95), (0.2, 80))
 def headers(terms: Terms, decision: Decision) -> dict[str, str]:
     """OpenAI's six, as far as there are limits: for requests and for tokens that of which the least is left."""
     said, remaining = {}, decision.remaining
-    for metric, limits in terms.rates:
+    for (of_limit, of_remaining, of_reset), limits in terms.rates:
         index, limit = limits[0] if len(limits) == 1 else min(limits, key=lambda one: _share_left(remaining, *one))
-        said[f"x-ratelimit-limit-{metric}"] = str(limit)
-        said[f"x-ratelimit-remaining-{metric}"] = str(remaining[index])
-        said[f"x-ratelimit-reset-{metric}"] = go_duration(decision.reset_ms[index])
+        said[of_limit] = str(limit)
+        said[of_remaining] = str(remaining[index])
+        said[of_reset] = go_duration(decision.reset_ms[index])
     return said
 
 

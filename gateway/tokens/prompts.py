@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from msgspec import Struct
+
 from gateway.call import Call
 from gateway.schema.chat import ChatRequest, ContentPart, FunctionCall, Message
 from gateway.schema.common import Object
@@ -15,17 +17,19 @@ EXTENSIONS = ("documents", "tool_prompt", "chat_template_kwargs")
 """Members beyond OpenAI's that some template writes into the prompt."""
 
 
-class Size:
+class Size(Struct, gc=False):
     """
     What a prompt is made of.
 
     `text` and `documents` in bytes of UTF-8; `ids` are tokens already; `audio` is in characters of base64.
     """
 
-    __slots__ = ("audio", "documents", "ids", "images", "messages", "text")
-
-    def __init__(self) -> None:
-        self.text = self.documents = self.messages = self.ids = self.images = self.audio = 0
+    text: int = 0
+    documents: int = 0
+    messages: int = 0
+    ids: int = 0
+    images: int = 0
+    audio: int = 0
 
 
 def size_of(call: Call) -> Size:

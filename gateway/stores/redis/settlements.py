@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from msgspec import Struct
+
 from gateway.stores import Costs, Plan, Reservation, StoreCounts, StoreUnavailable
 from gateway.stores.redis.calls import ASKING, Calls, ignore, pack_costs
 from gateway.stores.redis.link import Lost, ReplyError, packed
@@ -51,7 +53,7 @@ class Settlements:
             return
         while len(self._known) >= MOST_UNRECORDED:  # then the event of the oldest is a stray
             del self._known[next(iter(self._known))]
-        settling = Settling(self, reservation, actual, event)
+        settling = Settling(reservation, actual, event)
         self._known[reservation.request_id] = settling
         self._deliver(settling, self._calls.nodes[prepare(reservation.plan, self._scripts).partition])
 
@@ -82,7 +84,7 @@ class Settlements:
             len(event),
             event,
         )
-        node.ask(self._calls.timed(command), settling.answered)
+        node.ask(self._calls.timed(command), partial(self.answered, settling))
 
     def answered(self, settling: "Settling", reply: Any) -> None:
         """The reply to a settle, whatever it is."""
@@ -249,35 +251,16 @@ class Settlements:
             task.cancel()
 
 
-class Settling:
+class Settling(Struct, eq=False):
     """A settle on its way, until it is delivered and its row is recorded."""
 
-    __slots__ = (
-        "_all",
-        "actual",
-        "delivered",
-        "entry",
-        "event",
-        "late",
-        "node",
-        "reservation",
-        "seq",
-        "tries",
-        "unsure_since_s",
-    )
-
-    def __init__(self, settlements: Settlements, reservation: Reservation, actual: Costs, event: bytes) -> None:
-        self._all = settlements
-        self.reservation = reservation
-        self.actual = actual
-        self.event = event
-        self.delivered = False
-        self.entry = b""
-        self.late = False
-        self.node: Node | None = None
-        self.seq: int | None = None
-        self.tries = 0
-        self.unsure_since_s = float("inf")
-
-    def answered(self, reply: Any) -> None:
-        self._all.answered(self, reply)
+    reservation: Reservation
+    actual: Costs
+    event: bytes
+    delivered: bool = False
+    entry: bytes = b""
+    late: bool = False
+    node: Node | None = None
+    seq: int | None = None
+    tries: int = 0
+    unsure_since_s: float = float("inf")
