@@ -21,7 +21,7 @@ import ssl
 import httpx2
 
 from gateway.addresses import Addresses
-from gateway.transport.asking import Origin, head_of, origin_of
+from gateway.transport.asking import Origin, Request, head_of, origin_of
 from gateway.transport.exchange import Exchange, Limits, Timeouts
 from gateway.transport.pool import Connection, Pool
 
@@ -61,8 +61,7 @@ class Transport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Raises httpx2's TransportErrors. Only the head has arrived when it returns."""
-        sync = isinstance(request.stream, httpx2.SyncByteStream)
-        body = request.read() if sync else await request.aread()
+        body = request.body if isinstance(request, Request) else await _read(request)
         head = head_of(request, len(body))
         origin = origin_of(request)
         timeouts: Timeouts = request.extensions.get("timeout") or {}
@@ -135,3 +134,7 @@ class Transport(httpx2.AsyncBaseTransport):
         if self._ssl_context is None:
             self._ssl_context = ssl.create_default_context()
         return self._ssl_context
+
+
+async def _read(request: httpx2.Request) -> bytes:
+    return request.read() if isinstance(request.stream, httpx2.SyncByteStream) else await request.aread()

@@ -39,17 +39,24 @@ class Preamble:
 class Request(httpx2.Request):
     """A request with a preamble, and *headers* of its own, none of which frames it.
 
-    What `headers` costs httpx2 is spent only when they are asked for; all else is ready to leave.
+    What `headers` and `stream` cost httpx2 is spent only when they are asked for; all else is ready to leave.
     """
 
     def __init__(self, preamble: Preamble, headers: RawHeaders, body: bytes, extensions: dict[str, Any]) -> None:
         self.method = preamble.method
         self.url = preamble.url
         self.extensions = extensions
-        self.stream = httpx2.ByteStream(body)
         self.preamble = preamble
         self.own_headers = headers
         self._content = body
+
+    @property
+    def body(self) -> bytes:
+        return self._content
+
+    @cached_property
+    def stream(self) -> httpx2.ByteStream:  # type: ignore[override]
+        return httpx2.ByteStream(self._content)
 
     @cached_property
     def headers(self) -> httpx2.Headers:  # type: ignore[override]
