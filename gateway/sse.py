@@ -52,7 +52,7 @@ class EventReader:
         block = self._rest + block
         if not self._data and self._name == "message" and block.startswith(b"data: ") and block.endswith(b"\n\n"):
             documents = block[6:-2].split(BETWEEN)
-            if block.count(b"\n") == 2 * len(documents):  # each has one line, as in nearly all blocks
+            if b"\n" not in b"".join(documents):  # each has one line, as in nearly all blocks
                 self._rest = b""
                 return list(map(Event, documents))
         *lines, self._rest = block.split(b"\n")

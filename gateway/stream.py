@@ -250,12 +250,12 @@ class Chunks:
         rewritten: Parts = []
         for part in arrived:
             if part.texts is not None:
-                rewritten.extend(self._run(part, part.texts))
+                rewritten += self._run(part, part.texts)
             elif (wire := self.spliced(part)) is not None:
                 part.wire = wire
                 rewritten.append(part)
             else:
-                rewritten.extend(self.rebuilt(part))
+                rewritten += self.rebuilt(part)
         return rewritten
 
     def _run(self, part: Part[Any], texts: list[bytes]) -> Parts:
@@ -283,7 +283,7 @@ class Chunks:
             text = self._theirs.text_of(part.wire)
         return None if text is None else self._before + text + self._after
 
-    def rebuilt(self, part: Part[Any]) -> Iterator[Part[Any]]:
+    def rebuilt(self, part: Part[Any]) -> Parts:
         members = _MEMBERS.decode(_on_one_line(part.wire))
         raw_usage, raw_choices = members.pop("usage", None), members.pop("choices")
         if part.usage is not None:
@@ -294,6 +294,7 @@ class Chunks:
         if "service_tier" in self._minted and "service_tier" in rest:
             self._minted["service_tier"] = rest["service_tier"]
         self._theirs = None
+        rebuilt: Parts = []
         choices, goes_on = part.value.choices, False
         if len(choices) == 1:  # it goes on where the chunk is in the middle of its only choice
             goes_on = _index(choices[0]) in self._finished and not choices[0].finish_reason
@@ -306,14 +307,15 @@ class Chunks:
                 index = _index(choice)
                 if self._finished.get(index, index >= self._expected):
                     continue  # after its end, or more than were asked for
-                yield from self._beginnings(index)
+                rebuilt += self._beginnings(index)
                 tidy.append(self._choice(index, choice.finish_reason or None, raw))
         if tidy:
             sent = _encode({**self._minted, **rest, "choices": tidy})
             if goes_on and (raw_usage is None or raw_usage == NULL):
                 self._remember(part, sent)
             part.wire = sent
-            yield part
+            rebuilt.append(part)
+        return rebuilt
 
     def _is_tidy(self, choices: Any, raw: Raw) -> bool:
         """Whether the only choice of a chunk can go out as it came."""

@@ -49,7 +49,7 @@ class Response(httpx2.Response):
     async def aclose(self) -> None:
         """Without httpx2's context that names the request in an error: there is none."""
         self.is_closed = True
-        self.stream.close()
+        await self.stream.aclose()
 
 
 class Exchange(httpx2.AsyncByteStream):
