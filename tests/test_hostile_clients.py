@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,13 @@ from typing import Any
 import httpx2
 import pytest
 
+from adapters.echo import Adapter as Echo
+from gateway.adapter import Adapter, Dispatch
 from gateway.api.shutdown import Shutdown
 from gateway.auth import client_address
 from gateway.connection import LISTEN_AGAIN_S
+from gateway.schema.chat import ChatRequest
+from gateway.schema.payload import Parts, Payload
 from gateway.server import Gateway, listen
 from gateway.settings import CORS, Server, Settings, SettingsError, Upstream, parse
 from tests.house import (
@@ -117,6 +121,25 @@ async def test_pipelined_requests_are_answered_in_order(house: House) -> None:
     answer = await talk(house, b"".join(asked) + LAST)
     assert statuses(answer) == [200] * 4
     assert re.findall(rb'"content":"(\w+)"', answer) == [b"one", b"two", b"three"]
+
+
+async def test_a_request_whose_task_was_cancelled_as_it_ended_takes_no_later_one_with_it() -> None:
+    class Late(Echo):
+        async def chat(self, request: Payload[ChatRequest], dispatch: Dispatch) -> AsyncGenerator[Parts]:
+            async for arrived in super().chat(request, dispatch):
+                yield arrived
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()  # as a timer might that was a moment too late
+
+    settings = settings_for(Upstream(adapter="echo"))
+    late: dict[str, Adapter] = {name: Late(upstream) for name, upstream in settings.upstreams.items()}
+    async with running(settings, late) as house, connected(house.port) as (reader, writer), asyncio.timeout(PATIENCE_S):
+        for _ in range(3):
+            writer.write(asking())
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert statuses(head) == [200]
+            await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))  # type: ignore[index]
 
 
 async def test_what_is_no_http_is_answered_after_the_requests_before_it_and_is_the_last(house: House) -> None:
