@@ -39,11 +39,11 @@ class Link(asyncio.Protocol):
     Replies belong to commands by their order alone, so after a reply that is missing nothing can be trusted: whoever
     sees one late closes the link.
 
-    `answered` is told of each batch how many replies were no errors, and how many seconds the last one took.
+    `answered` is told of each batch how many replies were no errors, and when it was sent, by the loop's clock.
     """
 
     def __init__(self, closed: Callable[["Link", str], None]) -> None:
-        self.answered: Callable[[int, float], None] = lambda good, seconds: None
+        self.answered: Callable[[int, float], None] = lambda good, sent: None
         self._loop = asyncio.get_running_loop()
         self._closed = closed
         self._reader = hiredis.Reader(replyError=ReplyError, protocolError=ValueError, notEnoughData=_Nothing)
@@ -92,7 +92,7 @@ class Link(asyncio.Protocol):
         if self._batches:
             self._left = self._batches[0][0]
         good, self._errors = count - self._errors, 0
-        self.answered(good, self._loop.time() - sent)
+        self.answered(good, sent)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.close(str(exc) if exc else "the server closed the connection")

@@ -17,6 +17,7 @@ SPAN_S = 10.0
 ENOUGH = 20
 SLOW = 0.4
 """Of the time that a call may take."""
+SLOW_TRIPS = 5
 PROBE_S = 1.0
 PROBE_AGAIN_S = 0.1
 PROBES = 3
@@ -151,19 +152,19 @@ class Node:
         if isinstance(reply, Exception):
             raise reply
 
-    def _answered(self, good: int, seconds: float) -> None:
+    def _answered(self, good: int, sent: float) -> None:
         now = self._turn()
         self._good += good
         if good:
             self._in_a_row = 0
-        if now - seconds < self._trip_ended:
+        if sent < self._trip_ended:
             return
         self._trip_ended = now
         self._trips += 1
-        if seconds > self._slow_s:
+        if now - sent > self._slow_s:
             self._slow += 1
-            if self._slow >= CONSECUTIVE and self._slow * 4 > self._trips:
-                self.leave_alone(f"slow: {seconds * 1000:.0f} ms")
+            if self._slow >= SLOW_TRIPS and self._slow * 4 > self._trips:
+                self.leave_alone(f"slow: {(now - sent) * 1000:.0f} ms")
 
     def refused(self, error: ReplyError) -> bool:
         """Whether the server itself is at fault: it is loading, full, read-only, or the like."""
